@@ -1,0 +1,1 @@
+"""Discrete-event simulation of LLM inference clusters on SimPy."""

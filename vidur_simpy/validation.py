@@ -1,0 +1,94 @@
+"""Public objects are frozen, checked when made, and are their own configuration.
+
+`configuration` turns a class with annotated fields into such an object: a frozen dataclass whose
+types and ranges pydantic checks, with one clear :class:`ConfigError` instead of a report.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar, dataclass_transform
+
+import numpy as np
+import pydantic
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from vidur_simpy.errors import ConfigError, unknown_name
+
+__all__ = ["configuration", "field_names", "readable"]
+
+Class = TypeVar("Class")
+
+_SETTINGS = pydantic.ConfigDict(
+    extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(pydantic.Field,))
+def configuration(cls: type[Class]) -> type[Class]:
+    """Make a frozen dataclass whose fields are checked at construction.
+
+    Numpy scalars are taken as the Python numbers they stand for; booleans and strings are not
+    taken as numbers.
+
+    Raises
+    ------
+    ConfigError
+        From the constructor: an unknown field (with the nearest known one), a value of the wrong
+        type or out of range.
+
+    Examples
+    --------
+    >>> from pydantic import Field
+    >>> @configuration
+    ... class Limits:
+    ...     max_num_seqs: int = Field(128, ge=1)
+    >>> Limits(max_num_seqs=8)
+    Limits(max_num_seqs=8)
+    >>> Limits(max_num_seqs=0)
+    Traceback (most recent call last):
+    ...
+    vidur_simpy.errors.ConfigError: Limits.max_num_seqs = 0: expected greater than or equal to 1.
+    """
+    checked = pydantic_dataclass(frozen=True, config=_SETTINGS)(cls)
+    construct = checked.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        args = tuple(_plain(value) for value in args)
+        kwargs = {name: _plain(value) for name, value in kwargs.items()}
+        try:
+            construct(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise readable(error, cls.__name__, field_names(checked)) from None
+
+    checked.__init__ = init  # type: ignore[method-assign]
+    return checked
+
+
+def field_names(cls: type) -> list[str]:
+    """Return the names of the fields of a `configuration` class."""
+    return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> ConfigError:
+    """Turn pydantic's report into one sentence about its first finding."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    kind = first["type"]
+    if kind == "unexpected_keyword_argument":
+        return unknown_name(f"setting of {where}", place, known)
+    if kind in ("missing", "missing_argument"):
+        return ConfigError(f"{where} needs {place!r}, which was not given.")
+    if kind == "unexpected_positional_argument":
+        return ConfigError(f"{where} takes at most {len(known)} values: {', '.join(known)}.")
+    if kind == "value_error":
+        cause = first["ctx"]["error"]
+        return cause if isinstance(cause, ConfigError) else ConfigError(str(cause))
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    path = f"{where}.{place}" if place else where
+    return ConfigError(f"{path} = {first['input']!r}: expected {expected}.")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
