@@ -1,80 +1,242 @@
-"""Observers that append rows while a simulation runs, and the dictionary of every column."""
+"""Observers that append rows while a simulation runs; recording is listening to its events."""
 
 from __future__ import annotations
 
-__all__ = ["COLUMNS"]
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-# table -> column -> (unit, meaning). Seconds and tokens are the units of time and length.
-COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
-    "requests": {
-        "request_id": ("", "number of the request in order of arrival"),
-        "replica_id": ("", "replica that served it; missing if it never reached one"),
-        "arrived_at": ("s", "instant at which it entered the global queue"),
-        "scheduled_at": ("s", "first instant at which it was part of a batch"),
-        "first_token_at": ("s", "end of its prefill, which yields the first output token"),
-        "completed_at": ("s", "instant of its last output token"),
-        "num_prefill_tokens": ("tokens", "prompt length, as it arrived"),
-        "num_decode_tokens": ("tokens", "output length, as it arrived"),
-        "num_restarts": ("", "preemptions by recomputation it went through"),
-        "execution_time": ("s", "time of every stage of every batch it was part of"),
-        "preempted_time": ("s", "waits between its stages after the first one started"),
-        "ttft": ("s", "time to first token: first_token_at - arrived_at"),
-        "tpot": ("s", "time per output token after the first: (e2e - ttft) / (output - 1)"),
-        "e2e": ("s", "end-to-end latency: completed_at - arrived_at"),
-        "scheduling_delay": ("s", "scheduled_at - arrived_at"),
-        "refusal": ("", "why it was refused at arrival; empty if it was accepted"),
-    },
-    "batches": {
-        "replica_id": ("", "replica that formed the batch"),
-        "batch_index": ("", "number of the batch on its replica, from 0"),
-        "scheduled_at": ("s", "instant at which the batch was formed"),
-        "completed_at": ("s", "end of its last stage; missing while it runs"),
-        "request_ids": ("", "its requests, in order"),
-        "num_tokens": ("tokens", "tokens processed for each of them, in the same order"),
-        "num_prefill_tokens": ("tokens", "prompt tokens in the batch"),
-        "num_decode_tokens": ("tokens", "decode tokens in the batch, one per decoding request"),
-    },
-    "stages": {
-        "replica_id": ("", "replica"),
-        "batch_index": ("", "number of the batch on its replica"),
-        "stage_id": ("", "pipeline stage, from 0"),
-        "started_at": ("s", "instant at which the stage took the batch"),
-        "ended_at": ("s", "instant at which it was done with it"),
-        "num_prefill_tokens": ("tokens", "prompt tokens in the batch"),
-        "num_decode_tokens": ("tokens", "decode tokens in the batch"),
-    },
-    "events": {
-        "time": ("s", "instant of the event"),
-        "event_type": ("", "one of the seven event types"),
-        "replica_id": ("", "replica, where the event has one"),
-        "stage_id": ("", "pipeline stage, where the event has one"),
-        "batch_index": ("", "batch, where the event has one"),
-        "request_id": ("", "request, where the event has one"),
-    },
-    "tokens": {
-        "time": ("s", "instant at which the tokens were produced"),
-        "replica_id": ("", "replica"),
-        "inter_token_latency": ("s", "time since the previous token of the same request"),
-        "num_tokens": ("tokens", "how many requests produced a token with this latency"),
-    },
-    "timeline": {
-        "time": ("s", "instant of the sample (when a batch is formed)"),
-        "replica_id": ("", "replica"),
-        "num_running": ("", "requests that hold KV-cache blocks"),
-        "num_waiting": ("", "requests that wait on the replica"),
-        "kv_cache_usage": ("", "share of the KV-cache blocks in use, 0 to 1"),
-    },
-    "replicas": {
-        "replica_id": ("", "replica"),
-        "num_requests": ("", "requests routed to it"),
-        "num_batches": ("", "batches it has completed"),
-        "num_restarts": ("", "preemptions by recomputation"),
-        "num_prefill_tokens": ("tokens", "prompt tokens processed, recomputation included"),
-        "num_decode_tokens": ("tokens", "decode tokens processed"),
-        "num_blocks": ("", "KV-cache blocks per pipeline stage"),
-        "utilisation": ("", "share of the time its stages were busy, mean over stages, 0 to 1"),
-        "kv_cache_usage_mean": ("", "time-weighted mean share of KV-cache blocks in use, 0 to 1"),
-        "kv_cache_usage_peak": ("", "largest share of KV-cache blocks in use, 0 to 1"),
-        "mfu": ("", "model FLOPs utilisation while busy and idle, 0 to 1"),
-    },
-}
+from vidur_simpy.columns import COLUMNS
+from vidur_simpy.entities import Batch, Request
+from vidur_simpy.kernel import Environment, EventType, TypedEvent
+
+__all__ = [
+    "RECORDS",
+    "BatchLog",
+    "EventLog",
+    "RequestLog",
+    "StageLog",
+    "Timeline",
+    "TokenLog",
+]
+
+
+class Timeline:
+    """Samples of a replica's load when batches are formed, in a bounded number of rows.
+
+    Every batch is sampled until `capacity` rows are full; then every other row goes and samples
+    are taken half as often, so that memory stays flat however long the run.
+
+    Parameters
+    ----------
+    capacity : int
+        Most rows kept.
+
+    Attributes
+    ----------
+    next_at : float
+        Instant from which the next sample is taken, in seconds.
+    """
+
+    __slots__ = ("_interval", "capacity", "next_at", "rows")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: list[tuple[float, int, int, float]] = []
+        self.next_at = 0.0
+        self._interval = 0.0
+
+    def sample(self, now: float, num_running: int, num_waiting: int, usage: float) -> None:
+        """Append a row."""
+        self.rows.append((now, num_running, num_waiting, usage))
+        if len(self.rows) >= self.capacity:
+            span = now - self.rows[0][0]
+            self._interval = max(2.0 * self._interval, 2.0 * span / self.capacity)
+            del self.rows[1::2]
+        self.next_at = now + self._interval
+
+
+class RequestLog:
+    """A row for each request that is complete or refused."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def append(self, request: Request) -> None:
+        """Keep what the tables need of a request that is done."""
+        self._rows.append(_request_row(request))
+
+    def columns(self, unfinished: Iterable[Request]) -> dict[str, list[Any]]:
+        """Return the columns, in order of request id, with the `unfinished` requests among them."""
+        rows = sorted([*self._rows, *map(_request_row, unfinished)])
+        columns = [list(column) for column in zip(*rows, strict=True)] if rows else []
+        table = dict(zip(_REQUEST_COLUMNS, columns or ([] for _ in _REQUEST_COLUMNS), strict=True))
+        for name, usual in (("priority", 0), ("deadline", None), ("session_id", None)):
+            if all(value == usual for value in table[name]):
+                del table[name]
+        return table
+
+
+_REQUEST_COLUMNS = (
+    "request_id",
+    "replica_id",
+    "arrived_at",
+    "scheduled_at",
+    "first_token_at",
+    "completed_at",
+    "num_prefill_tokens",
+    "num_decode_tokens",
+    "num_restarts",
+    "execution_time",
+    "preempted_time",
+    "refusal",
+    "priority",
+    "deadline",
+    "session_id",
+)
+_EXECUTION_TIME = _REQUEST_COLUMNS.index("execution_time")
+
+
+def _request_row(request: Request) -> tuple[Any, ...]:
+    row = [getattr(request, name) for name in _REQUEST_COLUMNS]
+    if request.decode_set is not None:
+        row[_EXECUTION_TIME : _EXECUTION_TIME + 2] = request.decode_set.times_of(request)
+    return tuple(row)
+
+
+class BatchLog:
+    """Observes batches: when each was formed and ended, with whom and how many tokens."""
+
+    def __init__(self, env: Environment) -> None:
+        self._rows: dict[tuple[int, int], list[Any]] = {}
+        env.subscribe(EventType.BATCH_STAGE_ARRIVAL, self._formed)
+        env.subscribe(EventType.BATCH_END, self._ended)
+
+    def _formed(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        if event.stage_id != 0:
+            return
+        requests = batch.requests()
+        self._rows[batch.replica_id, batch.batch_index] = [
+            batch.replica_id,
+            batch.batch_index,
+            batch.scheduled_at,
+            float("nan"),
+            [request.request_id for request, _ in requests],
+            [num_tokens for _, num_tokens in requests],
+            batch.num_prefill_tokens,
+            batch.num_decodes,
+        ]
+
+    def _ended(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        self._rows[batch.replica_id, batch.batch_index][3] = event.env.now
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns, in order of formation."""
+        return _columns("batches", self._rows.values())
+
+
+class StageLog:
+    """Observes pipeline stages: a row for each batch on each stage."""
+
+    def __init__(self, env: Environment) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        env.subscribe(EventType.BATCH_STAGE_END, self._ended)
+
+    def _ended(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        self._rows.append(
+            (
+                batch.replica_id,
+                batch.batch_index,
+                event.stage_id,
+                batch.stage_started_at,
+                event.env.now,
+                batch.num_prefill_tokens,
+                batch.num_decodes,
+            )
+        )
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns, in order of end."""
+        return _columns("stages", self._rows)
+
+
+class EventLog:
+    """Observes every typed event, in the order in which they are handled."""
+
+    def __init__(self, env: Environment) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        for event_type in EventType:
+            env.subscribe(event_type, self._happened)
+
+    def _happened(self, event: TypedEvent) -> None:
+        subject = event.value
+        self._rows.append(
+            (
+                event.env.now,
+                event.event_type.name,
+                event.replica_id,
+                event.stage_id,
+                subject.batch_index if isinstance(subject, Batch) else None,
+                subject.request_id if isinstance(subject, Request) else None,
+            )
+        )
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns."""
+        return _columns("events", self._rows)
+
+
+class TokenLog:
+    """Observes output tokens: how many came with which latency since the one before."""
+
+    def __init__(self, env: Environment) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        self._decoding: dict[tuple[int, int], list[Request]] = {}
+        self._previous_at: dict[Request, float] = {}
+        env.subscribe(EventType.BATCH_STAGE_ARRIVAL, self._formed)
+        env.subscribe(EventType.BATCH_END, self._ended)
+
+    def _formed(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        if event.stage_id == 0 and batch.decodes is not None:
+            self._decoding[batch.replica_id, batch.batch_index] = list(batch.decodes.members)
+
+    def _ended(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        producers = self._decoding.pop((batch.replica_id, batch.batch_index), [])
+        producers += [
+            chunk.request
+            for chunk in batch.prefills
+            if chunk.is_current and chunk.request.is_prefill_complete
+        ]
+        now = event.env.now
+        latencies: Counter[float] = Counter()
+        for request in producers:
+            if request in self._previous_at:
+                latencies[now - self._previous_at[request]] += 1
+            if request.completed_at is None:
+                self._previous_at[request] = now
+            else:
+                self._previous_at.pop(request, None)
+        for latency, num_tokens in latencies.items():
+            self._rows.append((now, batch.replica_id, latency, num_tokens))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns, in order of time."""
+        return _columns("tokens", self._rows)
+
+
+RECORDS = {"batches": BatchLog, "stages": StageLog, "events": EventLog, "tokens": TokenLog}
+
+
+def _columns(table: str, rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Turn rows into the named columns of a table."""
+    names = list(COLUMNS[table])
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return dict(zip(names, columns or [[] for _ in names], strict=True))

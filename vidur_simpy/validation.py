@@ -7,7 +7,7 @@ types and ranges pydantic checks, with one clear :class:`ConfigError` instead of
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import numpy as np
 import pydantic
@@ -42,7 +42,7 @@ def configuration(cls: type[Class]) -> type[Class]:
     >>> from pydantic import Field
     >>> @configuration
     ... class Limits:
-    ...     max_num_seqs: int = Field(128, ge=1)
+    ...     max_num_seqs: int = Field(default=128, ge=1)
     >>> Limits(max_num_seqs=8)
     Limits(max_num_seqs=8)
     >>> Limits(max_num_seqs=0)
@@ -50,7 +50,7 @@ def configuration(cls: type[Class]) -> type[Class]:
     ...
     vidur_simpy.errors.ConfigError: Limits.max_num_seqs = 0: expected greater than or equal to 1.
     """
-    checked = pydantic_dataclass(frozen=True, config=_SETTINGS)(cls)
+    checked: Any = pydantic_dataclass(frozen=True, config=_SETTINGS)(cls)
     construct = checked.__init__
 
     @functools.wraps(construct)
@@ -62,8 +62,8 @@ def configuration(cls: type[Class]) -> type[Class]:
         except pydantic.ValidationError as error:
             raise readable(error, cls.__name__, field_names(checked)) from None
 
-    checked.__init__ = init  # type: ignore[method-assign]
-    return checked
+    checked.__init__ = init
+    return cast(type[Class], checked)
 
 
 def field_names(cls: type) -> list[str]:
@@ -73,8 +73,13 @@ def field_names(cls: type) -> list[str]:
 
 def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> ConfigError:
     """Turn pydantic's report into one sentence about its first finding."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    findings = error.errors(include_url=False)
+    # A misspelt field is missing, too; its misspelling is what to tell.
+    first = min(findings, key=lambda finding: finding["type"] != "unexpected_keyword_argument")
+    # The rest of a place says which member of a union was tried.
+    place = first["loc"][0] if first["loc"] else ""
+    if isinstance(place, int) and place < len(known):
+        place = known[place]
     kind = first["type"]
     if kind == "unexpected_keyword_argument":
         return unknown_name(f"setting of {where}", place, known)

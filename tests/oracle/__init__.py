@@ -1,0 +1,1 @@
+"""Plain re-statements of other simulators, against which the package is compared."""

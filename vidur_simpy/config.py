@@ -1,0 +1,202 @@
+"""Configuration files and the objects they describe, both ways.
+
+A public object is its own configuration: ``Sarathi(chunk_size=512)`` is
+``{type: sarathi, chunk_size: 512}``. The tables next to the policies say which name means which
+class; the classes check the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vidur_simpy.cluster import Cluster
+from vidur_simpy.errors import CapacityError, ConfigError, TraceError, VidurError, unknown_name
+from vidur_simpy.execution_time import EXECUTION_TIMES
+from vidur_simpy.global_scheduler import GLOBAL_SCHEDULERS
+from vidur_simpy.kv_cache import KVCache
+from vidur_simpy.replica_scheduler import REPLICA_SCHEDULERS
+from vidur_simpy.validation import field_names
+from vidur_simpy.workload import ARRIVALS, LENGTHS, WORKLOADS
+
+__all__ = ["dump_config", "load_config"]
+
+# key of a mapping -> the names its "type" may have
+TABLES: dict[str, Mapping[str, type]] = {
+    "replica_scheduler": REPLICA_SCHEDULERS,
+    "global_scheduler": GLOBAL_SCHEDULERS,
+    "execution_time": EXECUTION_TIMES,
+    "workload": WORKLOADS,
+    "arrivals": ARRIVALS,
+    "lengths": LENGTHS,
+}
+
+TOP_LEVEL = ("cluster", "workload", "seed", "event_order", "until", "record")
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Read a configuration; the answer is the keyword arguments of :func:`simulate`.
+
+    Parameters
+    ----------
+    source : str, Path or Mapping
+        A YAML file, or what it would hold. Relative paths in a file are looked up from the
+        current directory, then from the file's own.
+    overrides : sequence of str
+        ``"cluster.num_replicas=8"``: a dotted key and a YAML value that replaces what is there.
+
+    Raises
+    ------
+    ConfigError
+        A file that is missing or no YAML mapping, an unknown key or name, a value of the wrong
+        type or out of range; the message names the place.
+    CapacityError
+        A model that does not fit its device.
+
+    Examples
+    --------
+    >>> config = load_config(
+    ...     {"cluster": {"model": "llama-3.1-8b"}, "seed": 1}, ["cluster.num_replicas=2"]
+    ... )
+    >>> config["cluster"].num_replicas, config["seed"]
+    (2, 1)
+    """
+    if isinstance(source, Mapping):
+        mapping, place, folder = dict(source), "", Path()
+    else:
+        mapping, place, folder = _read(Path(source)), f"{source}: ", Path(source).parent
+    for override in overrides:
+        _override(mapping, override)
+    try:
+        return _arguments(mapping, folder)
+    except VidurError as error:
+        raise type(error)(f"{place}{error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        found = f" In {path.parent}: {', '.join(file.name for file in near)}." if near else ""
+        raise ConfigError(f"{path}: no such configuration file.{found}")
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(TOP_LEVEL)}.")
+    return mapping
+
+
+def _override(mapping: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected key=value, as in cluster.num_replicas=8.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value.") from None
+    *parents, last = key.split(".")
+    place: dict[str, Any] = mapping
+    for parent in parents:
+        inner = place.get(parent)
+        if isinstance(inner, str) and parent in TABLES:
+            inner = {"type": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"--set {override!r}: {parent} is {inner!r}, which has no keys.")
+        place[parent] = dict(inner)
+        place = place[parent]
+    place[last] = value
+
+
+def _arguments(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    for key in mapping:
+        if key not in TOP_LEVEL:
+            raise unknown_name("key", key, TOP_LEVEL)
+    arguments = {key: value for key, value in mapping.items() if key not in ("cluster", "workload")}
+    arguments["cluster"] = _build(Cluster, mapping.get("cluster") or {}, "cluster", folder)
+    if "workload" in mapping:
+        arguments["workload"] = _value("workload", mapping["workload"], "workload", folder)
+    return arguments
+
+
+def _value(key: str, value: Any, place: str, folder: Path) -> Any:
+    """Return what a key's value stands for: an object where the key has a table of names."""
+    if key in TABLES and isinstance(value, str):
+        value = {"type": value}
+    if key in TABLES and isinstance(value, Mapping):
+        settings = dict(value)
+        name = settings.pop("type", None)
+        if name not in TABLES[key]:
+            raise unknown_name(f"{place}.type", name, TABLES[key])
+        return _build(TABLES[key][name], settings, place, folder)
+    if key == "kv_cache" and isinstance(value, Mapping):
+        return _build(KVCache, value, place, folder)
+    if key == "path" or (key == "model" and str(value).endswith(".json")):
+        return _found(value, folder)
+    return value
+
+
+def _build(cls: type, settings: Any, place: str, folder: Path) -> Any:
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{place} = {settings!r}: expected a mapping.")
+    known = field_names(cls)
+    for key in settings:
+        if key not in known:
+            raise unknown_name(f"key {place}", key, known)
+    values = {key: _value(key, value, f"{place}.{key}", folder) for key, value in settings.items()}
+    try:
+        return cls(**values)
+    except (ConfigError, CapacityError, TraceError) as error:
+        message = str(error).replace(f"{cls.__name__}.", f"{place}.", 1)
+        message = message if place in message else f"{place}: {message}"
+        raise type(error)(message) from None
+
+
+def _found(path: Any, folder: Path) -> Any:
+    if isinstance(path, str) and not Path(path).exists() and (folder / path).exists():
+        return str(folder / path)
+    return path
+
+
+def dump_config(**arguments: Any) -> dict[str, Any]:
+    """Return plain data that :func:`load_config` turns into equal keyword arguments.
+
+    An object of the user's own, which no name stands for, becomes ``{type: python, object: ...}``:
+    it is told, not stored.
+
+    Examples
+    --------
+    >>> from vidur_simpy import Sarathi
+    >>> dump_config(cluster=Cluster(replica_scheduler=Sarathi(chunk_size=256)))["cluster"][
+    ...     "replica_scheduler"
+    ... ]
+    {'type': 'sarathi', 'max_num_seqs': 128, 'chunk_size': 256}
+    """
+    return {key: _plain(key, value) for key, value in arguments.items() if value is not None}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key in TABLES:
+        for name, cls in TABLES[key].items():
+            if type(value) is cls:
+                return {"type": name, **_settings(value)}
+        return {"type": "python", "object": getattr(value, "__qualname__", repr(value))}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _settings(value)
+    if isinstance(value, Mapping):
+        return {inner: _plain(inner, item) for inner, item in value.items()}
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return [_plain("", item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    return {field.name: _plain(field.name, getattr(value, field.name)) for field in fields(value)}

@@ -1,0 +1,436 @@
+"""What moves through the cluster: requests, and the batches that carry them.
+
+A request has a prompt to prefill and output tokens to decode; the end of its prefill yields the
+first output token, so a request of ``P`` prompt and ``D`` output tokens needs ``D - 1`` decode
+steps. Requests that decode together do so as one :class:`DecodeSet`, which is touched when a
+request joins or leaves and costs nothing per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vidur_simpy.errors import ConfigError
+
+if TYPE_CHECKING:
+    import simpy
+
+__all__ = ["Batch", "DecodeSet", "PrefillChunk", "Request", "by_arrival"]
+
+
+class Request:
+    """One prompt and the output it will get.
+
+    Parameters
+    ----------
+    num_prefill_tokens : int
+        Prompt length, >= 1.
+    num_decode_tokens : int
+        Output length, >= 1; the first output token is the yield of the prefill.
+    arrived_at : float, optional
+        Instant of arrival in seconds; when submitted without one, it arrives at once.
+    request_id : int, optional
+        Given by the simulation if it has none.
+    priority, deadline, session_id, hash_ids : optional
+        Carried along for the policies that look at them.
+
+    Attributes
+    ----------
+    num_processed_tokens : int
+        Tokens whose step is done, the free token of a finished prefill included.
+    prefill_target : int
+        Tokens the present prefill has to compute: the prompt, and after a restart also the
+        output that was lost.
+    num_scheduled_tokens : int
+        Tokens of the present prefill that were given to a batch.
+    refusal : str
+        Why the request was refused at arrival; empty if it was not.
+    done : simpy.Event or None
+        Happens with the request as value when it is completed or refused, if submitted.
+
+    Raises
+    ------
+    ConfigError
+        If a length is below one.
+    """
+
+    __slots__ = (
+        "_joined_at_execution_time",
+        "_joined_at_iteration",
+        "_processed",
+        "arrived_at",
+        "completed_at",
+        "deadline",
+        "decode_set",
+        "done",
+        "execution_time",
+        "first_token_at",
+        "hash_ids",
+        "is_prefill_complete",
+        "last_stage_end",
+        "num_decode_tokens",
+        "num_prefill_tokens",
+        "num_restarts",
+        "num_scheduled_tokens",
+        "preempted_time",
+        "prefill_target",
+        "priority",
+        "refusal",
+        "replica_id",
+        "request_id",
+        "scheduled_at",
+        "session_id",
+    )
+
+    def __init__(
+        self,
+        num_prefill_tokens: int,
+        num_decode_tokens: int,
+        arrived_at: float | None = None,
+        *,
+        request_id: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        session_id: Any = None,
+        hash_ids: Sequence[int] | None = None,
+    ) -> None:
+        if num_prefill_tokens < 1 or num_decode_tokens < 1:
+            raise ConfigError(
+                f"Request: num_prefill_tokens = {num_prefill_tokens} and num_decode_tokens = "
+                f"{num_decode_tokens}: expected at least 1 each."
+            )
+        self.request_id = request_id
+        self.arrived_at = arrived_at
+        self.num_prefill_tokens = num_prefill_tokens
+        self.num_decode_tokens = num_decode_tokens
+        self.priority = priority
+        self.deadline = deadline
+        self.session_id = session_id
+        self.hash_ids = hash_ids
+        self.replica_id: int | None = None
+        self.scheduled_at: float | None = None
+        self.first_token_at: float | None = None
+        self.completed_at: float | None = None
+        self.refusal = ""
+        self.done: simpy.Event | None = None
+        self.num_restarts = 0
+        self.prefill_target = num_prefill_tokens
+        self.num_scheduled_tokens = 0
+        self.is_prefill_complete = False
+        self.decode_set: DecodeSet | None = None
+        self.execution_time = 0.0
+        self.preempted_time = 0.0
+        self.last_stage_end: float | None = None
+        self._processed = 0
+        self._joined_at_iteration = 0
+        self._joined_at_execution_time = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Request {self.request_id}: {self.num_processed_tokens} of "
+            f"{self.num_prefill_tokens} + {self.num_decode_tokens} tokens>"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return self.num_prefill_tokens + self.num_decode_tokens
+
+    @property
+    def num_processed_tokens(self) -> int:
+        """Tokens whose step is done; while it decodes, counted by its set."""
+        if self.decode_set is None:
+            return self._processed
+        return self._processed + self.decode_set.iteration - self._joined_at_iteration
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last output token is out."""
+        return self.num_processed_tokens == self.num_tokens
+
+    def end_chunk(self, num_tokens: int) -> None:
+        """Count a prefill chunk whose batch has ended; the last one yields an output token."""
+        self._processed += num_tokens
+        if self._processed == self.prefill_target:
+            self.is_prefill_complete = True
+            self._processed += 1
+
+    def restart(self) -> None:
+        """Forget the KV cache: the prompt, and the output so far, is to be prefilled again.
+
+        A prefill that was not complete keeps its target, so that what is left of the prompt is
+        never taken for output.
+        """
+        if self.decode_set is not None:
+            self.decode_set.leave(self)
+        if self.is_prefill_complete:
+            self.prefill_target = self._processed
+        self._processed = 0
+        self.num_scheduled_tokens = 0
+        self.is_prefill_complete = False
+        self.num_restarts += 1
+
+    def start_stage(self, now: float) -> None:
+        """Note that a stage began a chunk of this request."""
+        if self.last_stage_end is not None:
+            self.preempted_time += now - self.last_stage_end
+
+    def end_stage(self, now: float, duration: float) -> None:
+        """Note that a stage ended a chunk of this request."""
+        self.execution_time += duration
+        self.last_stage_end = now
+
+
+class PrefillChunk(NamedTuple):
+    """A piece of one prompt in a batch.
+
+    Attributes
+    ----------
+    request : Request
+    num_tokens : int
+        Prompt tokens computed in this batch, >= 1.
+    context : int
+        Tokens of the request in its KV cache once the chunk is done.
+    num_restarts : int
+        Restarts of the request when the chunk was formed; a chunk still in the pipeline when its
+        request is restarted no longer counts.
+    """
+
+    request: Request
+    num_tokens: int
+    context: int
+    num_restarts: int
+
+    @classmethod
+    def of(cls, request: Request, num_tokens: int) -> PrefillChunk:
+        """Schedule the next `num_tokens` of a request's prefill."""
+        request.num_scheduled_tokens += num_tokens
+        context = request._processed + num_tokens
+        return cls(request, num_tokens, context, request.num_restarts)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the request was not restarted since the chunk was formed."""
+        return self.num_restarts == self.request.num_restarts
+
+
+class DecodeSet:
+    """Requests that decode together: one token each per iteration, at O(what changed) a step.
+
+    A request's future is known when it joins: the iteration of its last token, and the iterations
+    in which its context crosses a KV-cache block. Both are written down once, in buckets keyed by
+    iteration, and the sums are kept; a step moves the shared counter and touches only the
+    requests that finish.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens per KV-cache block.
+
+    Attributes
+    ----------
+    members : dict of Request to None
+        The requests, in batch order.
+    iteration : int
+        Steps taken since the set was made.
+    num_processed_tokens : int
+        Sum over the members.
+    """
+
+    __slots__ = (
+        "_block_phases",
+        "_finishing",
+        "block_size",
+        "execution_time",
+        "is_sorted",
+        "iteration",
+        "last_end",
+        "latest_arrival",
+        "members",
+        "num_processed_tokens",
+    )
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.members: dict[Request, None] = {}
+        self.iteration = 0
+        self.num_processed_tokens = 0
+        self.execution_time = 0.0
+        self.last_end = 0.0
+        self.latest_arrival = float("-inf")
+        self.is_sorted = True
+        self._finishing: dict[int, list[Request]] = {}
+        self._block_phases = [0] * block_size
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def num_blocks_needed(self) -> int:
+        """Blocks that the next step takes: one for each member whose last block is full."""
+        return self._block_phases[self.iteration % self.block_size]
+
+    def join(self, request: Request) -> None:
+        """Add a request whose prefill is complete."""
+        processed = request._processed
+        iteration = self.iteration
+        request.decode_set = self
+        request._joined_at_iteration = iteration
+        request._joined_at_execution_time = self.execution_time
+        self.members[request] = None
+        self.num_processed_tokens += processed
+        last_iteration = iteration + request.num_tokens - processed
+        self._finishing.setdefault(last_iteration, []).append(request)
+        self._block_phases[(1 - processed + iteration) % self.block_size] += 1
+        arrived_at = request.arrived_at
+        assert arrived_at is not None
+        if arrived_at < self.latest_arrival:
+            self.is_sorted = False
+        else:
+            self.latest_arrival = arrived_at
+
+    def leave(self, request: Request) -> None:
+        """Take a member out before its last token."""
+        bucket = request._joined_at_iteration + request.num_tokens - request._processed
+        self._finishing[bucket].remove(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """Settle what the set kept for the member: its tokens, blocks and times."""
+        request.execution_time, request.preempted_time = self.times_of(request)
+        steps = self.iteration - request._joined_at_iteration
+        if steps:
+            request.last_stage_end = self.last_end
+        phase = 1 - request._processed + request._joined_at_iteration
+        self._block_phases[phase % self.block_size] -= 1
+        del self.members[request]
+        request.decode_set = None
+        request._processed += steps
+        self.num_processed_tokens -= request._processed
+
+    def times_of(self, request: Request) -> tuple[float, float]:
+        """Return a member's execution time and preempted time up to the last step, in seconds."""
+        if self.iteration == request._joined_at_iteration:
+            return request.execution_time, request.preempted_time
+        assert request.last_stage_end is not None
+        executed = self.execution_time - request._joined_at_execution_time
+        waited = self.last_end - request.last_stage_end - executed
+        return request.execution_time + executed, request.preempted_time + max(0.0, waited)
+
+    def absorb(self, others: Iterable[Request]) -> None:
+        """Add requests, in their order; those that decode in another set leave it."""
+        for request in others:
+            if request.decode_set is not None:
+                request.decode_set.leave(request)
+            self.join(request)
+
+    def sort_by_arrival(self) -> None:
+        """Put the members in order of arrival; those of one instant keep their order."""
+        if not self.is_sorted:
+            self.members = dict.fromkeys(sorted(self.members, key=by_arrival))
+            self.is_sorted = True
+
+    def advance(self, now: float, execution_time: float) -> Sequence[Request]:
+        """Take one step of every member that ended at `now`; return those that are complete.
+
+        Parameters
+        ----------
+        now : float
+            End of the last stage, in seconds.
+        execution_time : float
+            Time of the step, summed over the pipeline stages, in seconds.
+        """
+        self.iteration += 1
+        self.num_processed_tokens += len(self.members)
+        self.execution_time += execution_time
+        self.last_end = now
+        finished = self._finishing.pop(self.iteration, ())
+        for request in finished:
+            self._forget(request)
+        return finished
+
+
+def by_arrival(request: Request) -> float:
+    """Return the instant of arrival, as a key to sort by."""
+    assert request.arrived_at is not None
+    return request.arrived_at
+
+
+class Batch:
+    """What one replica computes in one iteration: some decode steps and some prefill chunks.
+
+    Execution-time models see it as counts; lists of requests are made only when recorded.
+
+    Attributes
+    ----------
+    decodes : DecodeSet or None
+        The requests that decode, one token each.
+    prefills : sequence of PrefillChunk
+        The prefill chunks, after the decodes in batch order.
+    num_decodes, num_prefill_tokens, num_tokens : int
+        Decoding requests, prompt tokens, and their sum: the tokens of the iteration.
+    decode_context, total_context : int
+        Tokens in the KV cache once the step is done, summed over the decodes, over all requests.
+    replica_id, batch_index : int
+        Set by the replica; the index counts its batches from 0.
+    scheduled_at, stage_started_at : float
+        When it was formed, and when its present stage began it, in seconds.
+    execution_time : float
+        Time of the stages done so far, in seconds.
+    """
+
+    __slots__ = (
+        "batch_index",
+        "decode_context",
+        "decodes",
+        "execution_time",
+        "num_decodes",
+        "num_prefill_tokens",
+        "num_tokens",
+        "prefills",
+        "replica_id",
+        "scheduled_at",
+        "stage_started_at",
+        "total_context",
+    )
+
+    def __init__(
+        self, decodes: DecodeSet | None = None, prefills: Sequence[PrefillChunk] = ()
+    ) -> None:
+        self.decodes = decodes
+        self.prefills = prefills
+        if decodes is None:
+            self.num_decodes = self.decode_context = 0
+        else:
+            self.num_decodes = len(decodes.members)
+            self.decode_context = decodes.num_processed_tokens + self.num_decodes
+        num_prefill_tokens = 0
+        context = self.decode_context
+        for chunk in prefills:
+            num_prefill_tokens += chunk.num_tokens
+            context += chunk.context
+        self.num_prefill_tokens = num_prefill_tokens
+        self.num_tokens = self.num_decodes + num_prefill_tokens
+        self.total_context = context
+        self.replica_id = -1
+        self.batch_index = -1
+        self.scheduled_at = 0.0
+        self.stage_started_at = 0.0
+        self.execution_time = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Batch {self.batch_index} of replica {self.replica_id}: {self.num_decodes} decodes, "
+            f"{self.num_prefill_tokens} prompt tokens>"
+        )
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the batch."""
+        return self.num_decodes + len(self.prefills)
+
+    def requests(self) -> list[tuple[Request, int]]:
+        """Return its requests in order, each with its tokens in this batch. O(batch)."""
+        decodes = [(request, 1) for request in self.decodes.members] if self.decodes else []
+        return decodes + [(chunk.request, chunk.num_tokens) for chunk in self.prefills]

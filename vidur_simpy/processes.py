@@ -1,0 +1,403 @@
+"""The simulation's main loop: arrivals, router, replicas and stages as SimPy processes.
+
+Read the `yield` statements: they are the seven events. A request arrives (REQUEST_ARRIVAL), the
+router maps it to a replica (GLOBAL_SCHEDULE), the replica forms a batch (REPLICA_SCHEDULE), which
+goes from stage to stage (BATCH_STAGE_ARRIVAL, REPLICA_STAGE_SCHEDULE, BATCH_STAGE_END) until its
+memory is freed and its requests are complete or wait for their next batch (BATCH_END).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from math import isfinite
+from typing import Any
+
+import simpy
+from simpy.events import Event
+
+from vidur_simpy.entities import Batch, Request, by_arrival
+from vidur_simpy.errors import SimulationError
+from vidur_simpy.global_scheduler import Route
+from vidur_simpy.kernel import Environment, EventType, Signal, TypedEvent
+from vidur_simpy.kv_cache import BlockPool
+from vidur_simpy.metrics import Timeline
+from vidur_simpy.replica_scheduler.interface import ReplicaScheduler
+
+__all__ = ["Replica", "Router", "Stage", "arrivals"]
+
+ProcessGenerator = Generator[Event, Any, None]
+
+
+def arrivals(env: Environment, requests: Iterable[Request], router: Router) -> ProcessGenerator:
+    """Process: bring each request to the router at the exact instant it arrives."""
+    for request in requests:
+        assert request.arrived_at is not None
+        yield env.at(request.arrived_at, EventType.REQUEST_ARRIVAL, request)
+        router.receive(request)
+
+
+class Router:
+    """Maps the requests in the global queue to replicas.
+
+    Parameters
+    ----------
+    route : callable
+        ``route(request, replicas) -> replica``.
+    refusal : callable
+        ``refusal(request) -> str``: why no replica can ever run it, or an empty string.
+    on_refused : callable
+        Called with each request that is refused.
+
+    Attributes
+    ----------
+    queue : list of Request
+        Requests that have arrived and are not mapped yet.
+    num_received : int
+        Requests that have arrived, refused ones included.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        replicas: Sequence[Replica],
+        route: Route[Replica],
+        refusal: Callable[[Request], str],
+        on_refused: Callable[[Request], None],
+    ) -> None:
+        self.env = env
+        self.replicas = replicas
+        self.queue: list[Request] = []
+        self.num_received = 0
+        self._route = route
+        self._refusal = refusal
+        self._on_refused = on_refused
+        self.schedule = Signal(env, EventType.GLOBAL_SCHEDULE)
+        self.process = env.process(self._map_requests())
+
+    def receive(self, request: Request) -> None:
+        """Queue a request that has arrived; one that can never run is refused with a reason."""
+        self.num_received += 1
+        request.refusal = self._refusal(request)
+        if request.refusal:
+            self._on_refused(request)
+            return
+        self.queue.append(request)
+        self.schedule.raise_now()
+
+    def _map_requests(self) -> ProcessGenerator:
+        """Process: at each GLOBAL_SCHEDULE map all queued requests, in order of arrival."""
+        while True:
+            yield self.schedule.wait()
+            if not self.queue:
+                continue
+            requests, self.queue = sorted(self.queue, key=by_arrival), []
+            affected: dict[int, Replica] = {}
+            for request in requests:
+                replica = self._route(request, self.replicas)
+                replica.add(request)
+                affected[replica.replica_id] = replica
+            for replica_id in sorted(affected):
+                affected[replica_id].schedule.raise_now()
+
+
+class Replica:
+    """One copy of the model: forms batches and sends them through its pipeline stages.
+
+    Interrupting `process` with a number of seconds or an event as the cause keeps the replica from
+    forming batches until that has passed; the batches under way go on.
+
+    Attributes
+    ----------
+    replica_id : int
+    stages : list of Stage
+    scheduler : ReplicaScheduler
+    pool : BlockPool
+    num_running_batches : int
+        Batches between their formation and their BATCH_END; at most one per stage.
+    num_outstanding : int
+        Requests routed here that are not complete.
+    num_requests, num_batches, num_restarts, num_prefill_tokens, num_decode_tokens : int
+        What it has done so far: requests routed, batches ended, preemptions of its completed
+        requests, tokens processed.
+    num_attention_pairs : int
+        Query-key pairs so far: every token with each token of its context.
+    process : simpy.Process
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        replica_id: int,
+        scheduler: ReplicaScheduler,
+        pool: BlockPool,
+        stage_time: Callable[[Batch, int], float],
+        num_stages: int,
+        on_completed: Callable[[Request], None],
+        timeline: Timeline,
+    ) -> None:
+        self.env = env
+        self.replica_id = replica_id
+        self.scheduler = scheduler
+        self.pool = pool
+        self.timeline = timeline
+        self.num_running_batches = 0
+        self.num_outstanding = 0
+        self.num_requests = 0
+        self.num_batches_formed = 0
+        self.num_batches = 0
+        self.num_restarts = 0
+        self.num_prefill_tokens = 0
+        self.num_decode_tokens = 0
+        self.num_attention_pairs = 0
+        self._on_completed = on_completed
+        self._first_stage_taken = False
+        self.schedule = Signal(env, EventType.REPLICA_SCHEDULE, (replica_id, None))
+        self.batch_end = Signal(env, EventType.BATCH_END, (replica_id, None))
+        self.stages = [Stage(env, self, stage_id, stage_time) for stage_id in range(num_stages)]
+        self.process = env.process(self._form_batches())
+        env.process(self._end_batches())
+
+    def __repr__(self) -> str:
+        return (
+            f"<Replica {self.replica_id}: {self.num_waiting} waiting, "
+            f"{self.scheduler.num_running} running, {self.pool.usage:.0%} of the KV cache>"
+        )
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be admitted."""
+        return self.scheduler.num_waiting
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the time so far that the stages were busy with batches, mean over them."""
+        now = self.env.now
+        busy_time = sum(stage.busy_time_until(now) for stage in self.stages)
+        return busy_time / (len(self.stages) * now) if now else 0.0
+
+    def add(self, request: Request) -> None:
+        """Take a request that was routed here."""
+        request.replica_id = self.replica_id
+        self.num_outstanding += 1
+        self.num_requests += 1
+        self.scheduler.add(request)
+
+    def _form_batches(self) -> ProcessGenerator:
+        """Process: at each REPLICA_SCHEDULE form at most one batch, if the first stage is free."""
+        num_stages = len(self.stages)
+        while True:
+            try:
+                yield self.schedule.wait()
+            except simpy.Interrupt as interrupt:
+                yield from _pause(self.env, interrupt)
+                self.schedule.raise_now()
+                continue
+            if self.num_running_batches < num_stages and not self._first_stage_taken:
+                batch = self._next_batch(self.env._now)
+                if batch is not None:
+                    self.stages[0].send(batch)
+
+    def _next_batch(self, now: float) -> Batch | None:
+        self.pool.tick(now)
+        batch = self.scheduler.schedule(now)
+        if batch is None:
+            return None
+        batch.replica_id = self.replica_id
+        batch.batch_index = self.num_batches_formed
+        batch.scheduled_at = now
+        for chunk in batch.prefills:
+            if chunk.request.scheduled_at is None:
+                chunk.request.scheduled_at = now
+        self.num_batches_formed += 1
+        self.num_running_batches += 1
+        self._first_stage_taken = True
+        if now >= self.timeline.next_at:
+            self.timeline.sample(
+                now, self.scheduler.num_running, self.scheduler.num_waiting, self.pool.usage
+            )
+        return batch
+
+    def end_first_stage(self, batch: Batch) -> None:
+        """Let the next batch enter: the first stage is done with this one."""
+        self._first_stage_taken = False
+        self.scheduler.end_first_stage(batch)
+
+    def _end_batches(self) -> ProcessGenerator:
+        """Process: at each BATCH_END free memory, complete requests, and schedule again."""
+        while True:
+            batch: Batch = yield self.batch_end.wait()
+            now = self.env._now
+            self.pool.tick(now)
+            self.num_running_batches -= 1
+            self._count(batch)
+            for request in self.scheduler.end(batch, now):
+                request.completed_at = now
+                self.num_outstanding -= 1
+                self.num_restarts += request.num_restarts
+                self._on_completed(request)
+            self.schedule.raise_now()
+
+    def _count(self, batch: Batch) -> None:
+        self.num_batches += 1
+        self.num_prefill_tokens += batch.num_prefill_tokens
+        self.num_decode_tokens += batch.num_decodes
+        self.num_attention_pairs += batch.decode_context
+        for chunk in batch.prefills:
+            # Causal: the last token of the chunk sees the whole context, the first the fewest.
+            num_tokens = chunk.num_tokens
+            self.num_attention_pairs += (
+                num_tokens * chunk.context - num_tokens * (num_tokens - 1) // 2
+            )
+
+
+class Stage(simpy.Resource):
+    """One pipeline stage: a SimPy resource of capacity one that batches queue for.
+
+    A batch under way is in `users` and those behind it in `queue`. A user's own process may
+    ``request()`` the stage as any resource (a maintenance window, say): it gets it when the batch
+    under way ends, and batches wait until it is released. Interrupting `process` with a number of
+    seconds or an event as the cause stalls the batch under way for that long.
+
+    Attributes
+    ----------
+    queue : deque of Batch
+        Batches that have arrived and wait.
+    users : list
+        The batch under way, or the request of the user's process that holds the stage.
+    busy_time : float
+        Time spent on the batches that have ended, in seconds.
+    process : simpy.Process
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        replica: Replica,
+        stage_id: int,
+        stage_time: Callable[[Batch, int], float],
+    ) -> None:
+        super().__init__(env, capacity=1)
+        self.env = env
+        self.replica = replica
+        self.stage_id = stage_id
+        self.busy_time = 0.0
+        self.queue: deque[Batch] = deque()
+        self.users: list[Any] = []
+        self._stage_time = stage_time
+        self._where = (replica.replica_id, stage_id)
+        self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, self._where)
+        self.process = env.process(self._execute_batches())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch, or a process that requested the stage, has it."""
+        return bool(self.users)
+
+    def busy_time_until(self, now: float) -> float:
+        """Time spent on batches, the one under way included, in seconds."""
+        under_way = [user for user in self.users if isinstance(user, Batch)]
+        return self.busy_time + sum(now - batch.stage_started_at for batch in under_way)
+
+    def send(self, batch: Batch) -> None:
+        """Raise the arrival of a batch at this stage."""
+        event = self.env.at(self.env._now, EventType.BATCH_STAGE_ARRIVAL, batch, where=self._where)
+        event.callbacks.append(self._arrive)
+
+    def _arrive(self, event: TypedEvent) -> None:
+        """At BATCH_STAGE_ARRIVAL: check that its memory is there, and queue the batch."""
+        self.replica.pool.validate()
+        self.queue.append(event._value)
+        self.schedule.raise_now()
+
+    def _do_get(self, event: Any) -> None:
+        """Release the stage, and let the batches behind go on."""
+        super()._do_get(event)
+        self.schedule.raise_now()
+
+    def _execute_batches(self) -> ProcessGenerator:
+        """Process: at each REPLICA_STAGE_SCHEDULE, if idle, execute the first batch queued."""
+        env = self.env
+        while True:
+            try:
+                yield self.schedule.wait()
+            except simpy.Interrupt as interrupt:
+                yield from _pause(env, interrupt)
+                self.schedule.raise_now()
+                continue
+            if self.users or not self.queue:
+                continue
+            batch = self.queue.popleft()
+            self.users.append(batch)
+            duration = self._start(batch)
+            end = env.at(env._now + duration, EventType.BATCH_STAGE_END, batch, where=self._where)
+            while True:
+                try:
+                    yield end
+                    break
+                except simpy.Interrupt as interrupt:
+                    left = batch.stage_started_at + duration - env.now
+                    env.cancel(end)
+                    yield from _pause(env, interrupt)
+                    duration = env.now - batch.stage_started_at + left
+                    end = env.at(
+                        env.now + left, EventType.BATCH_STAGE_END, batch, where=self._where
+                    )
+            self._end(batch, duration)
+
+    def _start(self, batch: Batch) -> float:
+        """Begin a batch; return how long the stage takes, in seconds."""
+        now = self.env._now
+        duration = self._stage_time(batch, self.stage_id)
+        if not (duration >= 0.0 and isfinite(duration)):
+            raise SimulationError(
+                f"the execution time of {batch} on stage {self.stage_id} is {duration!r} s: "
+                f"expected a finite number >= 0."
+            )
+        batch.stage_started_at = now
+        for chunk in batch.prefills:
+            chunk.request.start_stage(now)
+        return duration
+
+    def _end(self, batch: Batch, duration: float) -> None:
+        """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
+        now = self.env._now
+        self.users.clear()
+        self.busy_time += duration
+        batch.execution_time += duration
+        for chunk in batch.prefills:
+            chunk.request.end_stage(now, duration)
+        replica = self.replica
+        if self.put_queue:
+            self._trigger_put(None)
+        self.schedule.raise_now()
+        if self.stage_id + 1 == len(replica.stages):
+            replica.batch_end.raise_now(batch)
+        else:
+            replica.stages[self.stage_id + 1].send(batch)
+        if self.stage_id == 0:
+            replica.end_first_stage(batch)
+            replica.schedule.raise_now()
+
+
+def _pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:
+    """Wait for what an interrupt's cause says: seconds, or an event."""
+    over = _end_of_pause(env, interrupt)
+    while True:
+        try:
+            yield over
+            return
+        except simpy.Interrupt as another:
+            over = over & _end_of_pause(env, another)
+
+
+def _end_of_pause(env: Environment, interrupt: simpy.Interrupt) -> Event:
+    cause = interrupt.cause
+    if isinstance(cause, Event):
+        return cause
+    if isinstance(cause, (int, float)) and cause >= 0:
+        return env.timeout(cause)
+    raise SimulationError(
+        f"interrupted with {cause!r}: expected the length of the pause in seconds, or an event "
+        f"that ends it."
+    )

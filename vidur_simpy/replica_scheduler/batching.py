@@ -1,0 +1,261 @@
+"""Continuous (iteration-level) batching: what vLLM, Sarathi, Orca and LightLLM share.
+
+Two queues: `waiting`, and `running` for admitted requests that are in no batch at the moment. The
+requests that decode together stay one :class:`DecodeSet` from batch to batch, so a step whose
+decodes neither exceed the batch limit nor run short of blocks is formed by handing the set over.
+Otherwise the requests are walked one by one, exactly as the reference does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.errors import ConfigError
+from vidur_simpy.replica_scheduler.interface import ReplicaResources
+
+__all__ = ["ContinuousBatching"]
+
+
+class ContinuousBatching:
+    """The queues and the block accounting of an iteration-level scheduler; add ``schedule``.
+
+    Blocks cover the tokens processed so far, as in Vidur: a new request gets the blocks of its
+    whole prompt when it is admitted, a decode one more whenever its last block is full.
+
+    Parameters
+    ----------
+    resources : ReplicaResources
+        What the replica has.
+    max_num_seqs : int
+        Most requests that hold blocks at a time; the pipeline stages share them evenly.
+
+    Attributes
+    ----------
+    waiting : deque of Request
+        Requests not admitted, or restarted; the head goes first.
+    running : list of DecodeSet and Request
+        Admitted requests in no batch, in order. A set stands for its members.
+    max_batch_size : int
+        Most decodes in one batch: ``max_num_seqs // pipeline_parallel_size``.
+    num_running : int
+        Requests that hold blocks.
+
+    Raises
+    ------
+    ConfigError
+        If a batch could hold no request.
+    """
+
+    def __init__(self, resources: ReplicaResources, max_num_seqs: int) -> None:
+        stages = resources.pipeline_parallel_size
+        if max_num_seqs < stages:
+            raise ConfigError(
+                f"max_num_seqs = {max_num_seqs} leaves no request for each of the {stages} "
+                f"pipeline stages: expected at least {stages}."
+            )
+        self.resources = resources
+        self.pool = resources.pool
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_size = max_num_seqs // stages
+        self.waiting: deque[Request] = deque()
+        self.running: list[DecodeSet | Request] = []
+        self.num_running = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in `waiting`."""
+        return len(self.waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self.waiting.append(request)
+
+    def refusal(self, request: Request) -> str:
+        """Return why the request can never run here; an empty string if it can.
+
+        Its prompt must fit beside the watermark, and all it will ever hold must fit at all; the
+        last output token needs no slot.
+        """
+        pool = self.pool
+        admissible = pool.num_blocks - pool.num_watermark_blocks
+        prompt = pool.blocks_of(request.num_prefill_tokens)
+        if prompt > admissible:
+            return (
+                f"its prompt of {request.num_prefill_tokens} tokens needs {prompt} KV-cache "
+                f"blocks, {admissible} of {pool.num_blocks} may be used for admission"
+            )
+        most = pool.blocks_of(request.num_tokens - 1)
+        if most > pool.num_blocks:
+            return (
+                f"its {request.num_tokens} tokens need {most} KV-cache blocks, the whole cache "
+                f"has {pool.num_blocks}"
+            )
+        return ""
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def can_admit(self, request: Request) -> bool:
+        """Whether the blocks of the whole prompt fit beside the watermark.
+
+        A restarted prompt may have grown into the watermark; alone on the replica it may use it,
+        or it would wait for ever.
+        """
+        pool = self.pool
+        left = pool.num_free - pool.blocks_of(request.prefill_target)
+        if left >= pool.num_watermark_blocks:
+            return True
+        return request.num_restarts > 0 and pool.num_free == pool.num_blocks
+
+    def admit(self, num_tokens: int) -> PrefillChunk:
+        """Move the head of `waiting` into a batch with its first `num_tokens` tokens."""
+        request = self.waiting.popleft()
+        self.pool.reserve(self.pool.blocks_of(request.prefill_target))
+        self.num_running += 1
+        return PrefillChunk.of(request, num_tokens)
+
+    # -- decodes -----------------------------------------------------------------------------
+
+    def take_decodes(self) -> tuple[DecodeSet | None, list[Request]]:
+        """Take the next batch's decodes out of `running` and reserve their blocks.
+
+        Returns
+        -------
+        decodes : DecodeSet or None
+            The first `max_batch_size` requests that decode. Whoever is still in `running`
+            afterwards is for a later batch.
+        prefills : list of Request
+            The unfinished prefills met on the way, which are out of `running` too.
+        """
+        num_decodes = num_blocks = num_prefills = 0
+        for entry in self.running:
+            if isinstance(entry, DecodeSet):
+                num_decodes += len(entry.members)
+                num_blocks += entry.num_blocks_needed
+            elif entry.is_prefill_complete:
+                num_decodes += 1
+                num_blocks += self._needs_block(entry)
+            else:
+                num_prefills += 1
+        # An unfinished prefill behind the last decode of a full batch is not reached.
+        all_reached = num_decodes + (num_prefills > 0) <= self.max_batch_size
+        if all_reached and self.pool.num_free > num_blocks:
+            self.pool.reserve(num_blocks)
+            return self._gather()
+        return self._walk()
+
+    def _gather(self) -> tuple[DecodeSet | None, list[Request]]:
+        """Empty `running`: its decodes as one set, in order, and its unfinished prefills."""
+        decodes: DecodeSet | None = None
+        prefills = []
+        for entry in self.running:
+            if isinstance(entry, DecodeSet):
+                if decodes is None:
+                    decodes = entry
+                else:
+                    decodes.absorb(list(entry.members))
+            elif entry.is_prefill_complete:
+                if decodes is None:
+                    decodes = DecodeSet(self.pool.block_size)
+                decodes.join(entry)
+            else:
+                prefills.append(entry)
+        self.running = []
+        return decodes, prefills
+
+    def _walk(self) -> tuple[DecodeSet | None, list[Request]]:
+        """As `take_decodes`, one request after the other: somebody may have to give way."""
+        queue: deque[Request] = deque(self._in_order())
+        decodes, _ = self._gather()
+        prefills = []
+        num_decodes = 0
+        while queue and num_decodes < self.max_batch_size:
+            request = queue.popleft()
+            if not request.is_prefill_complete:
+                prefills.append(request)
+            elif self._make_room(request, queue):
+                self.pool.reserve(self._needs_block(request))
+                num_decodes += 1
+        for request in queue:
+            if request.decode_set is not None:
+                request.decode_set.leave(request)
+        self.running = list(queue)
+        return (decodes if num_decodes else None), prefills
+
+    def _in_order(self) -> list[Request]:
+        """Return the requests in `running`, the members of its sets in their place."""
+        requests: list[Request] = []
+        for entry in self.running:
+            if isinstance(entry, DecodeSet):
+                requests.extend(entry.members)
+            else:
+                requests.append(entry)
+        return requests
+
+    def _needs_block(self, request: Request) -> bool:
+        """Whether the next step of a decoding request takes a block: its last one is full."""
+        return (request.num_processed_tokens - 1) % self.pool.block_size == 0
+
+    def _make_room(self, request: Request, others: deque[Request]) -> bool:
+        """Restart requests, the last of `others` first, until `request` may decode.
+
+        As in the reference one block must be free even for a step that takes none. Returns False
+        if the request itself had to go.
+        """
+        while self.pool.num_free < 1:
+            victim = others.pop() if others else request
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def preempt(self, request: Request) -> None:
+        """Free a request's blocks and send it back to the head of `waiting`."""
+        self.pool.free(self._num_blocks_held(request))
+        self.num_running -= 1
+        request.restart()
+        self.waiting.appendleft(request)
+
+    def _num_blocks_held(self, request: Request) -> int:
+        """Blocks of a request between two batches; the newest token has no slot yet."""
+        if request.is_prefill_complete:
+            return self.pool.blocks_of(request.num_processed_tokens - 1)
+        return self.pool.blocks_of(request.prefill_target)
+
+    # -- the end of a batch ------------------------------------------------------------------
+
+    def end_first_stage(self, batch: Batch) -> None:
+        """With sequence-pipeline parallelism, let the next chunk of a prompt follow this one."""
+        if not self.resources.sequence_pipeline_parallel:
+            return
+        for chunk in batch.prefills:
+            request = chunk.request
+            if chunk.is_current and request.num_scheduled_tokens < request.prefill_target:
+                self.running.append(request)
+
+    def end(self, batch: Batch, now: float) -> Sequence[Request]:
+        """Count the tokens, free the completed requests, put the others back into `running`."""
+        decodes = batch.decodes
+        completed: list[Request] = []
+        if decodes is not None:
+            completed.extend(decodes.advance(now, batch.execution_time))
+            if decodes.members:
+                self.running.append(decodes)
+        for chunk in batch.prefills:
+            if chunk.is_current:
+                self._end_chunk(chunk, now, completed)
+        for request in completed:
+            self.pool.free(self._num_blocks_held(request))
+        self.num_running -= len(completed)
+        return completed
+
+    def _end_chunk(self, chunk: PrefillChunk, now: float, completed: list[Request]) -> None:
+        request = chunk.request
+        request.end_chunk(chunk.num_tokens)
+        if request.is_prefill_complete and request.first_token_at is None:
+            request.first_token_at = now
+        if request.is_complete:
+            completed.append(request)
+        elif request.is_prefill_complete or not self.resources.sequence_pipeline_parallel:
+            self.running.append(request)

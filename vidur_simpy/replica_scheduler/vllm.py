@@ -1,0 +1,91 @@
+"""vLLM before chunked prefill, as Vidur models it: prefill-only batches first, then decodes."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request, by_arrival
+from vidur_simpy.replica_scheduler.batching import ContinuousBatching
+from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.validation import configuration
+
+__all__ = ["Vllm", "VllmScheduler"]
+
+
+@configuration
+class Vllm:
+    """Prompts first, whole and alone; decodes of the earliest arrivals otherwise.
+
+    Attributes
+    ----------
+    max_num_seqs : int
+        Most requests that hold KV-cache blocks.
+    max_num_batched_tokens : int
+        Most prompt tokens in a batch; a longer prompt is refused at arrival.
+
+    Notes
+    -----
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention", SOSP 2023, as re-stated by Vidur. One quirk that decides is kept: a decode
+    waits for a free block even when its step takes none.
+    """
+
+    max_num_seqs: int = Field(default=128, ge=1)
+    max_num_batched_tokens: int = Field(default=4096, ge=1)
+
+    def for_replica(self, resources: ReplicaResources) -> VllmScheduler:
+        """Make the scheduler of one replica."""
+        return VllmScheduler(self, resources)
+
+
+class VllmScheduler(ContinuousBatching):
+    """The vLLM scheduler of one replica."""
+
+    def __init__(self, policy: Vllm, resources: ReplicaResources) -> None:
+        super().__init__(resources, policy.max_num_seqs)
+        self.max_num_batched_tokens = policy.max_num_batched_tokens
+
+    def refusal(self, request: Request) -> str:
+        """Return why the request can never run here; an empty string if it can."""
+        if request.num_prefill_tokens > self.max_num_batched_tokens:
+            return (
+                f"its prompt of {request.num_prefill_tokens} tokens is longer than "
+                f"max_num_batched_tokens = {self.max_num_batched_tokens}"
+            )
+        return super().refusal(request)
+
+    def schedule(self, now: float) -> Batch | None:
+        """Admit whole prompts while they fit; if there are none, decode."""
+        chunks = self._admit_prompts()
+        if chunks:
+            return Batch(None, chunks)
+        decodes, _ = self.take_decodes()
+        return None if decodes is None else Batch(decodes)
+
+    def _admit_prompts(self) -> list[PrefillChunk]:
+        chunks: list[PrefillChunk] = []
+        num_tokens = 0
+        while (
+            self.waiting
+            and self.num_running < self.max_num_seqs
+            and len(chunks) < self.max_batch_size
+        ):
+            request = self.waiting[0]
+            num_tokens += request.prefill_target
+            # A restarted prompt may have outgrown the limit; then it goes alone.
+            alone = request.num_restarts > 0 and not chunks
+            if num_tokens > self.max_num_batched_tokens and not alone:
+                break
+            if not self.can_admit(request):
+                break
+            chunks.append(self.admit(request.prefill_target))
+        return chunks
+
+    def _gather(self) -> tuple[DecodeSet | None, list[Request]]:
+        decodes, prefills = super()._gather()
+        if decodes is not None:
+            decodes.sort_by_arrival()
+        return decodes, prefills
+
+    def _in_order(self) -> list[Request]:
+        return sorted(super()._in_order(), key=by_arrival)

@@ -1,0 +1,423 @@
+"""One run: a cluster, a workload and a seed wired together, alive at any instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+import simpy
+
+from vidur_simpy.cluster import Cluster
+from vidur_simpy.config import dump_config
+from vidur_simpy.entities import Request
+from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
+from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
+from vidur_simpy.metrics import RECORDS, RequestLog, Timeline
+from vidur_simpy.processes import Replica, Router, arrivals
+from vidur_simpy.result import Result
+from vidur_simpy.workload import RequestArrays, Trace, Workload
+
+__all__ = ["Simulation", "simulate"]
+
+# Each source of randomness has its own generator, spawned from the seed. Append only.
+STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
+
+# Rows of the timeline, shared by the replicas.
+TIMELINE_ROWS = 65_536
+
+
+class Simulation:
+    """A simulation that can be watched, steered and continued.
+
+    `env` is a SimPy environment: start processes on it, wait for their events, and run.
+
+    Parameters
+    ----------
+    cluster : Cluster
+    workload : Workload, Trace or None
+        Requests that arrive by themselves; None if all are submitted.
+    seed : int
+        Seeds one independent generator for each source of randomness.
+    event_order : {"type", "id"}
+        Order of simultaneous events; see :class:`Environment`.
+    record : collection of str
+        Tables to keep besides the requests: ``"batches"``, ``"stages"``, ``"events"``,
+        ``"tokens"``.
+    progress : bool or None
+        Show a progress bar; None shows one on a terminal or in a notebook when a run takes
+        longer than two seconds.
+
+    Attributes
+    ----------
+    env : Environment
+    replicas : list of Replica
+    router : Router
+    num_expected : int
+        Requests of the workload.
+
+    Examples
+    --------
+    A client that submits a request, waits for its completion and submits the next:
+
+    >>> from vidur_simpy import Cluster, Request, Simulation
+    >>> sim = Simulation(Cluster(execution_time=lambda batch: 0.1))
+    >>> def client(num_requests):
+    ...     for _ in range(num_requests):
+    ...         request = yield sim.submit(Request(100, 3))
+    ...         print(f"{sim.env.now:.1f} s: request {request.request_id} is complete")
+    >>> _ = sim.env.process(client(2))
+    >>> sim.run()
+    0.3 s: request 0 is complete
+    0.6 s: request 1 is complete
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        workload: Workload | Trace | None = None,
+        *,
+        seed: int = 0,
+        event_order: EventOrder = "type",
+        record: Collection[str] = (),
+        progress: bool | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self.workload = workload
+        self.seed = _checked_seed(seed)
+        self.env = Environment(event_order)
+        self._streams = {
+            name: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+            for index, name in enumerate(STREAMS)
+        }
+        self._logs = {name: self._log(name) for name in _checked_record(record)}
+        self._request_log = RequestLog()
+        self._live: dict[int, Request] = {}
+        self._next_id = 0
+        self.replicas = self._make_replicas()
+        self.router = self._make_router()
+        self._progress = progress
+        self._bar: Any = None
+        self.num_expected = 0
+        if workload is not None:
+            self._start_workload(workload)
+
+    # -- wiring ------------------------------------------------------------------------------
+
+    def _log(self, name: str) -> Any:
+        return RECORDS[name](self.env)
+
+    def _make_replicas(self) -> list[Replica]:
+        cluster = self.cluster
+        stage_time = cluster.stage_time()
+        capacity = max(64, TIMELINE_ROWS // cluster.num_replicas)
+        replicas = []
+        for replica_id in range(cluster.num_replicas):
+            pool = cluster.make_pool()
+            replicas.append(
+                Replica(
+                    self.env,
+                    replica_id,
+                    cluster.make_scheduler(pool, stage_time),
+                    pool,
+                    stage_time,
+                    cluster.pipeline_parallel_size,
+                    self._complete,
+                    Timeline(capacity),
+                )
+            )
+        return replicas
+
+    def _make_router(self) -> Router:
+        policy = self.cluster.global_scheduler
+        route = policy.router(self._streams["routing"]) if hasattr(policy, "router") else policy
+        return Router(self.env, self.replicas, route, self._refusal, self._complete)
+
+    def _start_workload(self, workload: Workload | Trace) -> None:
+        table = workload.requests(
+            self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
+        )
+        self.num_expected = len(table)
+        if len(table):
+            self._next_id = 1 + (
+                len(table) - 1 if table.request_id is None else int(table.request_id.max())
+            )
+        self.env.process(arrivals(self.env, self._arriving(table), self.router))
+
+    def _arriving(self, table: RequestArrays) -> Iterator[Request]:
+        """Make each request just before it arrives, so that those to come take no memory."""
+        optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
+        given = [name for name in optional if getattr(table, name) is not None]
+        columns = [table.num_prefill_tokens, table.num_decode_tokens, table.arrived_at]
+        for index in range(len(table)):
+            prefill, decode, arrived_at = (column[index].item() for column in columns)
+            more = {name: _plain(getattr(table, name)[index]) for name in given}
+            request = Request(prefill, decode, arrived_at, **{"request_id": index, **more})
+            assert request.request_id is not None
+            self._live[request.request_id] = request
+            yield request
+
+    def _refusal(self, request: Request) -> str:
+        longest = self.cluster.max_tokens
+        if request.num_tokens > longest:
+            return (
+                f"its {request.num_prefill_tokens} + {request.num_decode_tokens} tokens are more "
+                f"than max_model_len = {longest}"
+            )
+        return self.replicas[0].scheduler.refusal(request)
+
+    def _complete(self, request: Request) -> None:
+        """Keep the row of a request that is complete or refused, and tell who waits for it."""
+        assert request.request_id is not None
+        self._live.pop(request.request_id, None)
+        self._request_log.append(request)
+        if request.done is not None:
+            request.done.succeed(request)
+        if self._bar is not None:
+            self._bar.update()
+
+    # -- what a user does with it ------------------------------------------------------------
+
+    def submit(self, request: Request) -> simpy.Event:
+        """Let a request arrive at its `arrived_at`, or now.
+
+        Returns
+        -------
+        simpy.Event
+            Happens when the request is complete, or refused (see its `refusal`), with the request
+            as its value.
+
+        Raises
+        ------
+        ConfigError
+            If it was submitted before, or should have arrived in the past.
+        """
+        now = self.env.now
+        if request.done is not None or request.replica_id is not None:
+            raise ConfigError(f"{request} was submitted before; expected a new request.")
+        if request.arrived_at is None:
+            request.arrived_at = now
+        elif request.arrived_at < now:
+            raise ConfigError(
+                f"Request.arrived_at = {request.arrived_at} s: expected now ({now} s) or later."
+            )
+        if request.request_id is None:
+            request.request_id = self._next_id
+        elif request.request_id in self._live:
+            raise ConfigError(f"Request.request_id = {request.request_id} is taken.")
+        self._next_id = max(self._next_id, request.request_id + 1)
+        self._live[request.request_id] = request
+        request.done = self.env.event()
+        arrival = self.env.at(request.arrived_at, EventType.REQUEST_ARRIVAL, request)
+        arrival.callbacks.append(lambda event: self.router.receive(request))
+        return request.done
+
+    def next(self, event_type: EventType) -> simpy.Event:
+        """Return a SimPy event that happens right after the next event of this type.
+
+        Its value is the :class:`TypedEvent`.
+        """
+        upcoming = self.env.event()
+
+        def tell(event: TypedEvent) -> None:
+            if not upcoming.triggered:
+                upcoming.succeed(event)
+                self.env.unsubscribe(event_type, tell)
+
+        self.env.subscribe(event_type, tell)
+        return upcoming
+
+    def on(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
+        """Call `listener(event)` right after each event of this type."""
+        self.env.subscribe(event_type, listener)
+
+    def run(self, until: float | simpy.Event | None = None) -> Any:
+        """Run to the end, to the instant `until` in seconds, or until an event happens.
+
+        Call it again to go on.
+
+        Returns
+        -------
+        object
+            The value of the event `until`, if it is one.
+
+        Raises
+        ------
+        SimulationError
+            If nothing can happen any more while requests wait. Its `result` keeps what was
+            computed.
+        """
+        with self._progress_bar():
+            value = self.env.run(until)
+        if until is None and self._live:
+            raise SimulationError(self._stuck(), self.result())
+        return value
+
+    def _stuck(self) -> str:
+        stuck = sorted(self._live)
+        shown = ", ".join(map(str, stuck[:10])) + (", ..." if len(stuck) > 10 else "")
+        return (
+            f"at {self.env.now:.6g} s nothing can happen any more, but {len(stuck)} requests are "
+            f"not complete: {shown}. Does the replica scheduler "
+            f"{type(self.replicas[0].scheduler).__name__} admit every request it accepts?"
+        )
+
+    def result(self) -> Result:
+        """Return everything computed so far; the simulation can go on afterwards."""
+        tables: dict[str, Any] = {
+            "requests": self._request_log.columns(self._arrived()),
+            "replicas": self._replica_table(),
+            "timeline": self._timeline_table(),
+        }
+        tables.update((name, log.columns()) for name, log in self._logs.items())
+        config = dump_config(
+            cluster=self.cluster,
+            workload=self.workload,
+            seed=self.seed,
+            event_order=self.env.event_order,
+        )
+        return Result(
+            tables,
+            config=config,
+            info={
+                "simulated_time": self.env.now,
+                "num_events": self.env.num_events,
+                "seed": self.seed,
+                "version": _version(),
+            },
+        )
+
+    # -- tables ------------------------------------------------------------------------------
+
+    def _arrived(self) -> list[Request]:
+        now = self.env.now
+        return [
+            request
+            for request in self._live.values()
+            if request.arrived_at is not None and request.arrived_at <= now
+        ]
+
+    def _replica_table(self) -> dict[str, list[Any]]:
+        now = self.env.now
+        deployment = self.cluster.deployment
+        peak = deployment.peak_flops * now
+        rows = [
+            {
+                "replica_id": replica.replica_id,
+                "num_requests": replica.num_requests,
+                "num_batches": replica.num_batches,
+                "num_restarts": replica.num_restarts,
+                "num_prefill_tokens": replica.num_prefill_tokens,
+                "num_decode_tokens": replica.num_decode_tokens,
+                "num_blocks": replica.pool.num_blocks,
+                "utilisation": replica.utilisation,
+                "kv_cache_usage_mean": replica.pool.mean_usage(now),
+                "kv_cache_usage_peak": 1 - replica.pool.num_free_least / replica.pool.num_blocks,
+                "mfu": deployment.flops(
+                    replica.num_prefill_tokens + replica.num_decode_tokens,
+                    replica.num_attention_pairs,
+                )
+                / peak
+                if peak
+                else 0.0,
+            }
+            for replica in self.replicas
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _timeline_table(self) -> dict[str, list[Any]]:
+        rows = sorted(
+            (now, replica.replica_id, running, waiting, usage)
+            for replica in self.replicas
+            for now, running, waiting, usage in replica.timeline.rows
+        )
+        names = ("time", "replica_id", "num_running", "num_waiting", "kv_cache_usage")
+        columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in names]
+        return dict(zip(names, columns, strict=True))
+
+    def _progress_bar(self) -> Any:
+        from tqdm.auto import tqdm
+
+        shown = self._progress
+        if shown is None:
+            shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+        bar = tqdm(
+            total=self.num_expected or None,
+            initial=len(self._request_log),
+            unit=" requests",
+            delay=0 if self._progress else 2,
+            disable=not shown,
+        )
+        self._bar = bar if shown else None
+        return bar
+
+
+def simulate(
+    cluster: Cluster,
+    workload: Workload | Trace,
+    *,
+    seed: int = 0,
+    event_order: EventOrder = "type",
+    until: float | None = None,
+    record: Collection[str] = (),
+    progress: bool | None = None,
+) -> Result:
+    """Run a workload on a cluster and return the result.
+
+    Parameters
+    ----------
+    until : float, optional
+        Stop at this instant, in seconds, whatever is under way.
+    cluster, workload, seed, event_order, record, progress
+        See :class:`Simulation`.
+
+    Raises
+    ------
+    SimulationError
+        If the run cannot go on; its `result` keeps what was computed.
+
+    Examples
+    --------
+    >>> import vidur_simpy as vs
+    >>> workload = vs.Workload(vs.Constant(rate=2.0), vs.FixedLengths(512, 16), num_requests=100)
+    >>> result = vs.simulate(vs.Cluster(model="llama-3.1-8b", device="h100-80gb-sxm"), workload)
+    >>> int(result.figures["completed"])
+    100
+    """
+    simulation = Simulation(
+        cluster,
+        workload,
+        seed=seed,
+        event_order=event_order,
+        record=record,
+        progress=progress,
+    )
+    simulation.run(until)
+    return simulation.result()
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy scalar as the Python value it stands for; NaN stands for None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value
+
+
+def _checked_seed(seed: int) -> int:
+    if isinstance(seed, (bool, float, str)) or int(seed) < 0:
+        raise ConfigError(f"seed = {seed!r}: expected an integer >= 0.")
+    return int(seed)
+
+
+def _checked_record(record: Collection[str]) -> list[str]:
+    names = [record] if isinstance(record, str) else list(record)
+    for name in names:
+        if name not in RECORDS:
+            raise unknown_name("record", name, RECORDS)
+    return names
+
+
+def _version() -> str:
+    from vidur_simpy import __version__
+
+    return __version__

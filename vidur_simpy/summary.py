@@ -1,0 +1,189 @@
+"""The numbers of a result, and how they are printed."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from vidur_simpy.result import Result
+
+__all__ = ["as_html", "as_text", "counts_text", "digits", "figures", "latencies", "ratio"]
+
+LATENCIES = ("ttft", "tpot", "e2e", "scheduling_delay")
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+
+
+def latencies(result: Result) -> pd.DataFrame:
+    """Return the statistics of each latency, as `Result.summary` describes them."""
+    import pandas as pd
+
+    rows = {name: _describe(result.requests[name].to_numpy()) for name in LATENCIES}
+    if "tokens" in result.tables:
+        gaps = result.tokens["inter_token_latency"].to_numpy()
+        rows["itl"] = _describe(gaps, result.tokens["num_tokens"].to_numpy())
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def figures(result: Result) -> dict[str, float]:
+    """Return the scalar figures, as `Result.figures` describes them."""
+    requests, replicas = result.requests, result.replicas
+    is_completed = requests["completed_at"].notna()
+    is_refused = requests["refusal"] != ""
+    completed = requests[is_completed]
+    makespan = float(completed["completed_at"].max() - requests["arrived_at"].min())
+    num_output = int(completed["num_decode_tokens"].sum())
+    num_tokens = num_output + int(completed["num_prefill_tokens"].sum())
+    return {
+        "num_requests": len(requests),
+        "completed": len(completed),
+        "unfinished": int((~is_completed & ~is_refused).sum()),
+        "refused": int(is_refused.sum()),
+        "restarts": int(requests["num_restarts"].sum()),
+        "makespan": makespan,
+        "request_throughput": ratio(len(completed), makespan),
+        "output_token_throughput": ratio(num_output, makespan),
+        "total_token_throughput": ratio(num_tokens, makespan),
+        "utilisation": _mean(replicas, "utilisation"),
+        "kv_cache_usage_mean": _mean(replicas, "kv_cache_usage_mean"),
+        "kv_cache_usage_peak": _max(replicas, "kv_cache_usage_peak"),
+        "mfu": _mean(replicas, "mfu"),
+    }
+
+
+def ratio(count: float, total: float) -> float:
+    """Return ``count / total``, NaN where there is nothing to divide by."""
+    return count / total if total > 0 else math.nan
+
+
+def as_text(result: Result) -> str:
+    """Return the summary and the figures as plain text."""
+    table = [
+        f"{name:<18}" + "".join(f"{cell:>9}" for cell in cells)
+        for name, *cells in _latency_cells(result)
+    ]
+    scalars = [f"{name:<26}{value}" for name, value in _scalars(result)]
+    return "\n".join([*table, "", *scalars])
+
+
+def as_html(result: Result) -> str:
+    """Return the summary and the figures as two html tables."""
+    header, *rows = _latency_cells(result)
+    return _html_table(rows, header) + _html_table(_scalars(result))
+
+
+def counts_text(figures: Mapping[str, float]) -> str:
+    """Return how many requests there were and what became of them."""
+    kinds = ("completed", "unfinished", "refused")
+    counts = ", ".join(f"{figures[kind]} {kind}" for kind in kinds)
+    return f"{figures['num_requests']} requests, {counts}"
+
+
+def _describe(
+    values: NDArray[np.float64], counts: NDArray[np.int64] | None = None
+) -> dict[str, float]:
+    """Return the statistics of values, each of them there `counts` times."""
+    if counts is None:
+        counts = np.ones(len(values), dtype=np.int64)
+    is_there = ~np.isnan(values) & (counts > 0)
+    values, counts = values[is_there], counts[is_there]
+    if not len(values):
+        return dict.fromkeys(("mean", "std", *QUANTILES), math.nan) | {"count": 0}
+    mean = np.average(values, weights=counts)
+    std = math.sqrt(np.average((values - mean) ** 2, weights=counts))
+    quantiles = _quantiles(values, counts, np.array(list(QUANTILES.values())))
+    described = dict(zip(QUANTILES, quantiles.tolist(), strict=True))
+    return {"mean": float(mean), "std": std} | described | {"count": int(counts.sum())}
+
+
+def _quantiles(
+    values: NDArray[np.float64], counts: NDArray[np.int64], shares: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return ``np.quantile(np.repeat(values, counts), shares)`` without repeating."""
+    order = np.argsort(values)
+    values, ends = values[order], np.cumsum(counts[order])
+    position = shares * (ends[-1] - 1)
+    below = values[np.searchsorted(ends, np.floor(position), side="right")]
+    above = values[np.searchsorted(ends, np.ceil(position), side="right")]
+    between: NDArray[np.float64] = below + (above - below) * (position % 1.0)
+    return between
+
+
+def _mean(table: pd.DataFrame, column: str) -> float:
+    return float(table[column].mean()) if column in table else math.nan
+
+
+def _max(table: pd.DataFrame, column: str) -> float:
+    return float(table[column].max()) if column in table else math.nan
+
+
+def _latency_cells(result: Result) -> list[list[str]]:
+    """Return the rows of the printed summary, header first."""
+    summary = result.summary()
+    rows = [["latency (s)", *summary.columns]]
+    for name, row in summary.iterrows():
+        cells = [digits(row[column]) for column in summary.columns if column != "count"]
+        rows.append([str(name), *cells, f"{row['count']:.0f}"])
+    return rows
+
+
+def _scalars(result: Result) -> list[tuple[str, str]]:
+    """Return label and value of the lines below the printed summary."""
+    figures = result.figures
+    rows = [("requests", counts_text(figures).replace(" requests,", ":"))]
+    if figures["refused"]:
+        rows.append(("most often refused for", _usual_refusal(result)))
+    if "measured_from" in result.info:
+        rows.append(("arrived from", f"{digits(result.info['measured_from'])} s on"))
+    peak = f"{_percent(figures['kv_cache_usage_peak'])} peak"
+    return [
+        *rows,
+        ("makespan", f"{digits(figures['makespan'])} s"),
+        ("request throughput", f"{digits(figures['request_throughput'])} requests/s"),
+        ("output token throughput", f"{digits(figures['output_token_throughput'])} tokens/s"),
+        ("total token throughput", f"{digits(figures['total_token_throughput'])} tokens/s"),
+        ("restarts", str(figures["restarts"])),
+        ("utilisation", _percent(figures["utilisation"])),
+        ("KV-cache usage", f"{_percent(figures['kv_cache_usage_mean'])} mean, {peak}"),
+        ("MFU", _percent(figures["mfu"])),
+    ]
+
+
+def _usual_refusal(result: Result) -> str:
+    """Return an example of the most common reason; the numbers in it do not tell reasons apart."""
+    refusal = result.requests["refusal"]
+    refusal = refusal[refusal != ""]
+    kind = refusal.str.replace(r"\d+", "#", regex=True)
+    return str(refusal[kind == kind.mode()[0]].iloc[0])
+
+
+def digits(value: float) -> str:
+    """Return a number with four significant digits and no exponent; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    if value == 0:
+        return "0"
+    num_decimals = max(0, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(num_decimals, 7)}f}"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def _html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

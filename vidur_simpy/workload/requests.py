@@ -1,0 +1,129 @@
+"""The columns a workload hands to the simulator: one row per request, in order of arrival."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vidur_simpy.errors import ConfigError
+
+__all__ = ["MAX_TOKENS", "RequestArrays"]
+
+#: Longest prompt or output. Products of two lengths then still fit 64 bits.
+MAX_TOKENS = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class RequestArrays:
+    """Requests as columns of equal length, in order of arrival.
+
+    Attributes
+    ----------
+    arrived_at : ndarray of float64, shape (n,)
+        Seconds from the start of the simulation, finite, >= 0, ascending.
+    num_prefill_tokens, num_decode_tokens : ndarray of int64, shape (n,)
+        Tokens of the prompt and of the output, both >= 1.
+    request_id : ndarray of int64, shape (n,), optional
+        Identifiers; without them requests are numbered in order of arrival.
+    priority : ndarray of int64, shape (n,), optional
+        Smaller is more urgent, as in vLLM.
+    deadline : ndarray of float64, shape (n,), optional
+        The instant by which a request should be done; NaN where it has none.
+    session_id : ndarray of str, shape (n,), optional
+        The conversation a request belongs to; empty where it belongs to none.
+    hash_ids : sequence of ndarray of int64, optional
+        For each request, one id per block of `hash_block_size` prompt tokens, the last block
+        possibly short. Prompts share a prefix as far as their ids agree from the start.
+    hash_block_size : int
+        Prompt tokens behind one hash id.
+
+    Raises
+    ------
+    ConfigError
+        For columns of unequal length, times that are not ascending or lengths below one.
+
+    Examples
+    --------
+    >>> requests = RequestArrays([0.0, 0.5], [100, 200], [10, 20])
+    >>> len(requests), requests.num_prefill_tokens.sum()
+    (2, np.int64(300))
+    """
+
+    arrived_at: NDArray[np.float64]
+    num_prefill_tokens: NDArray[np.int64]
+    num_decode_tokens: NDArray[np.int64]
+    request_id: NDArray[np.int64] | None = None
+    priority: NDArray[np.int64] | None = None
+    deadline: NDArray[np.float64] | None = None
+    session_id: NDArray[np.str_] | None = None
+    hash_ids: Sequence[NDArray[np.int64]] | None = None
+    hash_block_size: int = 512
+
+    def __post_init__(self) -> None:
+        columns: dict[str, Any] = {
+            "arrived_at": _instants(self.arrived_at),
+            "num_prefill_tokens": _lengths(self.num_prefill_tokens, "num_prefill_tokens"),
+            "num_decode_tokens": _lengths(self.num_decode_tokens, "num_decode_tokens"),
+        }
+        for name, values in columns.items():
+            object.__setattr__(self, name, values)
+        for name, values in self._columns().items():
+            if len(values) != len(self):
+                raise ConfigError(
+                    f"{name} has {len(values)} rows, arrived_at has {len(self)}: expected as many."
+                )
+
+    def __len__(self) -> int:
+        return len(self.arrived_at)
+
+    def take(self, rows: NDArray[np.intp] | slice) -> RequestArrays:
+        """Return the requests in `rows`, given as indices or a slice.
+
+        >>> len(RequestArrays([0.0, 0.5], [100, 200], [10, 20]).take(slice(1)))
+        1
+        """
+        columns: dict[str, Any] = {
+            name: values[rows] for name, values in self._columns().items() if name != "hash_ids"
+        }
+        if self.hash_ids is not None:
+            columns["hash_ids"] = [self.hash_ids[row] for row in np.arange(len(self))[rows]]
+        return dataclasses.replace(self, **columns)
+
+    def _columns(self) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(self)]
+        columns = {name: getattr(self, name) for name in names if name != "hash_block_size"}
+        return {name: values for name, values in columns.items() if values is not None}
+
+
+def _instants(given: ArrayLike) -> NDArray[np.float64]:
+    times = np.asarray(given, np.float64)
+    if times.ndim != 1:
+        raise ConfigError(f"arrived_at has shape {times.shape}, expected one time per request.")
+    bad = ~(np.isfinite(times) & (times >= 0))
+    bad[1:] |= times[1:] < times[:-1]
+    if bad.any():
+        row = int(bad.argmax())
+        raise ConfigError(
+            f"arrived_at[{row}] = {times[row]}: expected finite seconds >= 0 in ascending order."
+        )
+    return times
+
+
+def _lengths(given: ArrayLike, name: str) -> NDArray[np.int64]:
+    values = np.asarray(given)
+    if values.ndim != 1:
+        raise ConfigError(f"{name} has shape {values.shape}, expected one count per request.")
+    if values.dtype.kind not in "iuf":
+        raise ConfigError(f"{name} holds {values.dtype}, expected whole numbers of tokens.")
+    bad = ~((values >= 1) & (values <= MAX_TOKENS) & (values == np.floor(values)))
+    if bad.any():
+        row = int(bad.argmax())
+        raise ConfigError(
+            f"{name}[{row}] = {values[row]}: expected a whole number from 1 to {MAX_TOKENS}."
+        )
+    return values.astype(np.int64)
