@@ -100,7 +100,11 @@ class Model:
                 f"Model {self.name}: num_heads = {self.num_heads} is no multiple of "
                 f"num_kv_heads = {self.num_kv_heads}."
             )
-        if not 0 <= self.experts_per_token <= self.num_experts:
+        if not self.num_experts and not self.intermediate_size:
+            raise ConfigError(
+                f"Model {self.name}: intermediate_size = 0: expected at least 1 in a dense model."
+            )
+        if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"Model {self.name}: experts_per_token = {self.experts_per_token}: expected at "
                 f"most num_experts = {self.num_experts}."

@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.columns import COLUMNS
-from vidur_simpy.errors import ConfigError, unknown_name
+from vidur_simpy.errors import ConfigError
+from vidur_simpy.series import (
+    distribution,
+    distribution_steps,
+    load_of_requests,
+    numbers,
+    round_window,
+    sampled_load,
+    spans,
+    windowed_quantiles,
+)
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
     from vidur_simpy.result import Result
@@ -51,11 +62,12 @@ BATCH_KINDS = {
     "prefill and decode": (GREEN, ".."),
     "decode only": (ORANGE, ""),
 }
-MAX_POINTS = 4_000
+MAX_STEPS = 1_000
+NUM_SPANS = 300
 MAX_BARS = 50_000
 DEFAULT_BATCHES = 60
-MAX_WINDOWS = 40
 MAX_ROW_LABELS = 40
+MAX_NUMBERED_ROWS = 24
 # A legend between the title and the axes, where it hides no line.
 _ABOVE: Any = {
     "loc": "lower center",
@@ -96,20 +108,23 @@ def cdf(
     ConfigError
         If there is no such metric.
     """
-    values, shares = _distribution(result, metric)
+    values, shares = distribution(result, metric)
     ax = _axes(ax)
     if len(values):
         index = sum(line.get_gid() == "cdf" for line in ax.lines)
         colour = COLOURS[index % len(COLOURS)]
         style = LINE_STYLES[index % len(LINE_STYLES)]
-        at = _quantiles(result, metric, values)
-        listed = ", ".join(f"{name} {digits(value)}" for name, value in at.items())
-        x, y, drawstyle = _curve(values, shares, complementary)
+        marks = _marks(result, metric, values)
+        listed = ", ".join(f"{name} {digits(value)}" for name, value in marks.items())
+        x, y = distribution_steps(values, shares, complementary=complementary)
+        drawstyle = "steps-pre" if complementary else "steps-post"
         (line,) = ax.plot(x, y, style, color=colour, drawstyle=drawstyle)
         line.set_gid("cdf")
-        line.set_label(f"{label}: {listed}" if label else listed)
-        heights = [1 - MARKS[name] if complementary else MARKS[name] for name in at]
-        ax.plot(list(at.values()), heights, "o", color=colour, ms=4, markerfacecolor="white")
+        line.set_label(f"{label}: {listed}{_unit(metric)}" if label else listed + _unit(metric))
+        at = np.array(list(marks.values()))
+        below = np.searchsorted(values, at, side="left" if complementary else "right")
+        heights = np.concatenate(([0.0], shares))[below]
+        ax.plot(at, 1 - heights if complementary else heights, "o", **_mark_look(colour))
         ax.legend(loc="upper right" if complementary else "lower right", fontsize="small")
     else:
         _say_empty(ax, f"no request has a value of {metric}")
@@ -120,8 +135,8 @@ def cdf(
     else:
         ax.set_ylim(0, 1.03)
         ax.set_ylabel(f"share of {what} at or below")
-    if log:
-        ax.set_xscale("log")
+    if log and len(values) and values[-1] > 0:
+        _make_logarithmic(ax)
     elif len(values) and values[0] >= 0:
         ax.set_xlim(left=0)
     ax.set_xlabel(_label(metric))
@@ -156,19 +171,19 @@ def quantiles(
     """
     if window is not None and not window > 0:
         raise ConfigError(f"quantiles(): window = {window!r}: expected a positive number of s.")
-    values = _numeric(result.requests, metric)
+    values = numbers(result.requests, metric)
     arrived_at = result.requests["arrived_at"].to_numpy()[~np.isnan(values)]
     values = values[~np.isnan(values)]
     ax = _axes(ax)
     if len(values):
-        window = window or _round_window(arrived_at)
-        middles, rows = _windowed_quantiles(arrived_at, values, window)
+        window = window or round_window(arrived_at)
+        middles, rows = windowed_quantiles(arrived_at, values, window, list(MARKS.values()))
         looks = (("p50", BLUE, "o-"), ("p90", ORANGE, "s--"), ("p99", VERMILLION, "^:"))
         for (name, colour, look), row in zip(looks, rows, strict=True):
             ax.plot(middles, row, look, color=colour, markersize=3.5, label=name)
         ax.set_ylim(bottom=min(0.0, float(values.min())))
         ax.legend(fontsize="small")
-        ax.set_title(f"{_name(metric).capitalize()}, by windows of {digits(window)} s")
+        ax.set_title(f"{_name(metric).capitalize()}, by windows of {window:g} s")
     else:
         _say_empty(ax, f"no request has a value of {metric}")
         ax.set_title(_name(metric).capitalize())
@@ -181,8 +196,10 @@ def quantiles(
 def timeline(result: Result, ax: Axes | None = None) -> Axes:
     """Draw requests running and waiting, summed over replicas, and the share of KV cache in use.
 
-    The lines hold each replica's last sample until its next one, or until no request is on it. If
-    there are no samples they come from the requests, without the KV cache.
+    The lines hold each replica's last sample until its next one, or until no request is on it.
+    Where there are too many steps to see, they are means over short spans of time, in a band from
+    the least to the greatest value. If there are no samples they come from the requests, without
+    the KV cache.
 
     Parameters
     ----------
@@ -192,25 +209,27 @@ def timeline(result: Result, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     has_samples = len(result.timeline) > 0
-    load = _sampled_load(result) if has_samples else _load_of_requests(result.requests)
-    lines = []
-    for name, colour, style in (("running", BLUE, "-"), ("waiting", VERMILLION, "--")):
-        x, y = _thinned(load["time"].to_numpy(), load[name].to_numpy())
-        lines += ax.plot(x, y, style, color=colour, drawstyle="steps-post", label=name)
+    load = sampled_load(result) if has_samples else load_of_requests(result.requests)
+    time = load["time"].to_numpy()
+    lines = [
+        _draw_steps(ax, time, load["running"].to_numpy(), "-", BLUE, "running"),
+        _draw_steps(ax, time, load["waiting"].to_numpy(), "--", VERMILLION, "waiting"),
+    ]
     if has_samples:
-        usage_axes = ax.twinx()
-        x, y = _thinned(load["time"].to_numpy(), 100 * load["usage"].to_numpy())
-        lines += usage_axes.plot(
-            x, y, ":", color=GREEN, drawstyle="steps-post", label="KV cache (right axis)"
-        )
-        usage_axes.set_ylim(0, 105)
-        usage_axes.set_ylabel("KV cache in use (%)")
+        right = ax.twinx()
+        usage = 100 * load["usage"].to_numpy()
+        lines.append(_draw_steps(right, time, usage, ":", GREEN, "KV cache (right axis)"))
+        right.set_ylim(0, 105)
+        right.set_ylabel("KV cache in use (%)")
     if not len(load):
         _say_empty(ax, "no request arrived")
     ax.set_ylim(0, 1.05 * max(1.0, load["running"].max(), load["waiting"].max()))
     ax.set_xlabel("time (s)")
     ax.set_ylabel("requests")
-    ax.set_title(f"Load of {_count(len(result.replicas), 'replica')}", pad=26)
+    title = f"Load of {_count(len(result.replicas), 'replica')}"
+    if len(time) > MAX_STEPS:
+        title += f", mean and range per {digits((time[-1] - time[0]) / NUM_SPANS)} s"
+    ax.set_title(title, pad=26)
     ax.legend(handles=lines, **_ABOVE, ncols=len(lines))
     ax.grid(alpha=0.3)
     return ax
@@ -264,7 +283,8 @@ def gantt(
             f"gantt(): the window of {digits(last - first)} s has {len(shown)} bars: expected at "
             f"most {MAX_BARS}; give a shorter duration or one replica_id."
         )
-    rows = sorted(set(zip(stages["replica_id"], stages["stage_id"], strict=True)))
+    places = stages[["replica_id", "stage_id"]].drop_duplicates()
+    rows = sorted(zip(places["replica_id"], places["stage_id"], strict=True))
     ax = _axes(ax, height=min(12.0, 1.8 + 0.35 * len(rows)))
     ax.set_xlim(first, last)
     _draw_bars(ax, shown, rows)
@@ -294,152 +314,59 @@ def _name(metric: str) -> str:
     return NAMES.get(metric, metric.replace("_", " "))
 
 
-def _label(metric: str) -> str:
+def _unit(metric: str) -> str:
+    """Return the unit with a space before it, or nothing."""
     unit = "s" if metric == "itl" else COLUMNS["requests"].get(metric, ("", ""))[0]
+    return f" {unit}" if unit else ""
+
+
+def _label(metric: str) -> str:
+    unit = _unit(metric).strip()
     return f"{_name(metric)} ({unit})" if unit else _name(metric)
+
+
+def _marks(result: Result, metric: str, values: NDArray[np.float64]) -> dict[str, float]:
+    """Return the quantiles that the legend of `cdf` lists."""
+    if metric == "itl":
+        summary = result.summary()
+        return {name: summary[name].to_dict()["itl"] for name in MARKS}
+    return dict(zip(MARKS, np.quantile(values, list(MARKS.values())).tolist(), strict=True))
+
+
+def _mark_look(colour: str) -> dict[str, Any]:
+    return {"color": colour, "markersize": 4, "markerfacecolor": "white"}
+
+
+def _make_logarithmic(ax: Axes) -> None:
+    """Make the x axis logarithmic with plain numbers, which do not run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_steps(
+    ax: Axes,
+    time: NDArray[np.float64],
+    value: NDArray[np.float64],
+    style: str,
+    colour: str,
+    label: str,
+) -> Line2D:
+    """Draw a step line, or where it has too many steps to see, its mean and its range."""
+    if len(time) <= MAX_STEPS:
+        return ax.plot(time, value, style, color=colour, drawstyle="steps-post", label=label)[0]
+    middle, mean, least, greatest = spans(time, value, NUM_SPANS)
+    ax.fill_between(middle, least, greatest, color=colour, alpha=0.2, linewidth=0)
+    return ax.plot(middle, mean, style, color=colour, label=label)[0]
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _numeric(requests: pd.DataFrame, metric: str) -> NDArray[np.float64]:
-    """Return a column as numbers, NaN where there is none."""
-    numbers = requests.select_dtypes("number")
-    if metric not in numbers:
-        raise unknown_name("metric", metric, [str(name) for name in numbers])
-    values = numbers[metric].to_numpy(dtype=np.float64, na_value=np.nan)
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _distribution(result: Result, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the values in order, and the share that is at or below each of them."""
-    if metric == "itl":
-        tokens = result.tokens.sort_values("inter_token_latency")
-        counts = tokens["num_tokens"].to_numpy(dtype=np.float64)
-        values = tokens["inter_token_latency"].to_numpy(dtype=np.float64)
-    else:
-        values = _numeric(result.requests, metric)
-        values = np.sort(values[~np.isnan(values)])
-        counts = np.ones(len(values))
-    return values, np.cumsum(counts) / counts.sum() if len(counts) else counts
-
-
-def _quantiles(result: Result, metric: str, values: NDArray[np.float64]) -> dict[str, float]:
-    if metric == "itl":
-        summary = result.summary()
-        return {name: summary[name].to_dict()["itl"] for name in MARKS}
-    found = np.quantile(values, list(MARKS.values())).tolist()
-    return dict(zip(MARKS, found, strict=True))
-
-
-def _curve(
-    values: NDArray[np.float64], shares: NDArray[np.float64], complementary: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
-    """Return the steps of the distribution function, or of its complement."""
-    last = len(values) - 1
-    if last >= MAX_POINTS:
-        # Evenly spaced ranks for the body, and ever closer ones towards both ends for the tails.
-        tail = np.geomspace(1, last + 1, MAX_POINTS // 4).astype(np.int64) - 1
-        body = np.linspace(0, last, MAX_POINTS // 2).astype(np.int64)
-        kept = np.unique(np.concatenate((tail, body, last - tail)))
-    else:
-        kept = np.arange(last + 1)
-    if complementary:
-        at_least = np.concatenate(([1.0], 1.0 - shares[:-1]))
-        return values[kept], at_least[kept], "steps-pre"
-    x = np.concatenate((values[:1], values[kept]))
-    return x, np.concatenate(([0.0], shares[kept])), "steps-post"
-
-
-def _round_window(arrived_at: NDArray[np.float64]) -> float:
-    """Return a length of 1, 2 or 5 times a power of ten."""
-    span = float(arrived_at.max() - arrived_at.min()) or 1.0
-    shortest = span / min(MAX_WINDOWS, max(1, len(arrived_at) // 25))
-    power = 10.0 ** math.floor(math.log10(shortest))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= shortest * 0.999)
-
-
-def _windowed_quantiles(
-    arrived_at: NDArray[np.float64], values: NDArray[np.float64], window: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the middle of each window and a row per quantile; NaN in empty windows."""
-    import pandas as pd
-
-    index = np.floor(arrived_at / window).astype(np.int64)
-    shares = np.array(list(MARKS.values()))
-    by_window = pd.Series(values).groupby(index).quantile(shares).unstack()
-    by_window = by_window.reindex(range(index.min(), index.max() + 1))
-    return (by_window.index.to_numpy() + 0.5) * window, by_window.to_numpy().T
-
-
-def _sampled_load(result: Result) -> pd.DataFrame:
-    """Return time, running, waiting and usage of all replicas at each sample of any of them."""
-    import pandas as pd
-
-    names = {"num_running": "running", "num_waiting": "waiting", "kv_cache_usage": "usage"}
-    samples = result.timeline.rename(columns=names)
-    if "measured_from" not in result.info:  # else the requests before it are not known
-        idle = _idle_instants(result.requests).assign(running=0, waiting=0, usage=0.0)
-        samples = pd.concat([idle, samples])
-    samples = samples.sort_values("time", kind="stable", ignore_index=True)
-    levels = samples[list(names.values())].astype(np.float64)
-    changes = levels.groupby(samples["replica_id"]).diff().fillna(levels)
-    load = changes.cumsum().clip(lower=0.0)  # a sum of changes may end at -1e-17
-    load["usage"] /= max(1, len(result.replicas))
-    load.insert(0, "time", samples["time"])
-    return load.drop_duplicates("time", keep="last", ignore_index=True)
-
-
-def _idle_instants(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return when a replica finished the last request it had; it forms no batch then."""
-    import pandas as pd
-
-    accepted = requests[requests["replica_id"].notna() & (requests["refusal"] == "")]
-    arrivals = pd.DataFrame({"time": accepted["arrived_at"], "change": 1})
-    ends = pd.DataFrame({"time": accepted["completed_at"].dropna(), "change": -1})
-    moves = pd.concat([arrivals, ends])
-    moves["replica_id"] = accepted["replica_id"].astype(np.int64).loc[moves.index]
-    moves = moves.sort_values("time", kind="stable")
-    is_idle = moves.groupby("replica_id")["change"].cumsum() == 0
-    return moves.loc[is_idle, ["time", "replica_id"]]
-
-
-def _load_of_requests(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return time, running and waiting: from arrival to first batch, from there to the end."""
-    import pandas as pd
-
-    accepted = requests[requests["refusal"] == ""]
-    moves = pd.concat(
-        pd.DataFrame({"time": accepted[column].dropna(), "running": running, "waiting": waiting})
-        for column, running, waiting in (
-            ("arrived_at", 0, 1),
-            ("scheduled_at", 1, -1),
-            ("completed_at", -1, 0),
-        )
-    ).sort_values("time", kind="stable", ignore_index=True)
-    moves[["running", "waiting"]] = moves[["running", "waiting"]].cumsum()
-    return moves.drop_duplicates("time", keep="last", ignore_index=True)
-
-
-def _thinned(
-    time: NDArray[np.float64], value: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return at most `MAX_POINTS` points: first, last, least and greatest of equal time spans."""
-    if len(time) <= MAX_POINTS:
-        return time, value
-    span = np.linspace(time[0], time[-1], MAX_POINTS // 4)
-    bucket = np.searchsorted(span[1:-1], time, side="right")
-    order = np.lexsort((value, bucket))
-    is_first = np.diff(bucket, prepend=-1) > 0
-    is_last = np.diff(bucket, append=bucket[-1] + 1) > 0
-    # `bucket` does not fall, so its bounds are those of the sorted order too.
-    kept = np.unique(
-        np.concatenate(
-            (np.flatnonzero(is_first), np.flatnonzero(is_last), order[is_first], order[is_last])
-        )
-    )
-    return time[kept], value[kept]
 
 
 def _window(
@@ -481,7 +408,8 @@ def _draw_bars(ax: Axes, stages: pd.DataFrame, rows: list[tuple[int, int]]) -> N
         ax.legend(**_ABOVE, ncols=len(BATCH_KINDS))
     else:
         _say_empty(ax, "no batch in this window")
-    _number_bars(ax, left, right, middle, stages["batch_index"].to_numpy())
+    if len(rows) <= MAX_NUMBERED_ROWS:
+        _number_bars(ax, left, right, middle, stages["batch_index"].to_numpy())
 
 
 def _number_bars(

@@ -117,13 +117,22 @@ class Vllm(BlockwiseScheduler):
         return super().refuses(request) or too_long
 
     def choose(self, now: float) -> Members:
+        members = self.prompts() or self.decodes()
+        if not members and not self.blocks:
+            # The last request gave way to itself: nothing else would ever admit it again.
+            members = self.prompts()
+        return members
+
+    def prompts(self) -> Members:
         members: Members = []
         while self.waiting and self.may_join(self.waiting[0], members):
             request = self.waiting.pop(0)
             self.allocate(request)
             members.append((request, request.num_prefill_tokens))
-        if members:
-            return members
+        return members
+
+    def decodes(self) -> Members:
+        members: Members = []
         self.running.sort(key=lambda request: request.arrived_at)
         while self.running and len(members) != self.case.max_micro_batch_size:
             request = self.running.pop(0)

@@ -60,7 +60,12 @@ class VllmScheduler(ContinuousBatching):
         if chunks:
             return Batch(None, chunks)
         decodes, _ = self.take_decodes()
-        return None if decodes is None else Batch(decodes)
+        if decodes is not None:
+            return Batch(decodes)
+        if self.waiting and not self.num_running:
+            # The last request gave way to itself; no event would ever bring it back.
+            chunks = self._admit_prompts()
+        return Batch(None, chunks) if chunks else None
 
     def _admit_prompts(self) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
