@@ -32,9 +32,7 @@ POLICIES = {
     "vllm": lambda case: vs.Vllm(
         max_num_seqs=case.max_num_seqs, max_num_batched_tokens=case.max_num_batched_tokens
     ),
-    "sarathi": lambda case: vs.Sarathi(
-        max_num_seqs=case.max_num_seqs, chunk_size=case.chunk_size
-    ),
+    "sarathi": lambda case: vs.Sarathi(max_num_seqs=case.max_num_seqs, chunk_size=case.chunk_size),
     "orca": lambda case: vs.Orca(max_num_seqs=case.max_num_seqs),
     "faster_transformer": lambda case: vs.FasterTransformer(max_num_seqs=case.max_num_seqs),
     "lightllm": lambda case: vs.LightLLM(

@@ -37,9 +37,7 @@ def cases(draw: st.DrawFn, scheduler: str) -> tuple[PlainCase, list[tuple[float,
         max_num_batched_tokens=draw(st.integers(longest // 2, 3 * longest)),
         max_waiting_iterations=draw(st.integers(0, 4)),
         global_scheduler=draw(
-            st.sampled_from(
-                ["round_robin", "least_waiting_requests", "least_outstanding_requests"]
-            )
+            st.sampled_from(["round_robin", "least_waiting_requests", "least_outstanding_requests"])
         ),
         num_replicas=draw(st.integers(1, 3)),
         pipeline_parallel_size=stages,
@@ -93,9 +91,7 @@ def assert_same(case: PlainCase, workload: list[tuple[float, int, int]]) -> None
     assert all(same(a, b[0]) for a, b in zip(result.events.time, expected.events, strict=True))
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["vllm", "sarathi", "orca", "faster_transformer", "lightllm"]
-)
+@pytest.mark.parametrize("scheduler", ["vllm", "sarathi", "orca", "faster_transformer", "lightllm"])
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_package_equals_oracle(scheduler: str, data: st.DataObject) -> None:

@@ -46,9 +46,7 @@ def test_requests_and_batches_match(folder: Path) -> None:
             assert close(ours["started_at"], theirs["stage0_start"])
             assert close(ours["ended_at"], theirs["stage0_end"])
             assert close(ours["completed_at"], theirs["completed_at"])
-        for ours, theirs in zip(
-            result.requests.to_dict("records"), expected.requests, strict=True
-        ):
+        for ours, theirs in zip(result.requests.to_dict("records"), expected.requests, strict=True):
             assert all(close(ours[name], value) for name, value in theirs.items()), (ours, theirs)
 
 
@@ -58,13 +56,13 @@ def test_events_match(folder: Path) -> None:
     """The event stream is Vidur's, event for event, in each order given."""
     case, workload, expected = read_case(folder)
     for event_order, theirs in expected.events.items():
-        result = simulate_case(
-            replace(case, event_order=event_order), workload, record=("events",)
-        )
+        result = simulate_case(replace(case, event_order=event_order), workload, record=("events",))
         rows = result.events.head(len(theirs))
         ours = [
             (
-                None if row.replica_id is None or row.replica_id != row.replica_id else int(row.replica_id),
+                None
+                if row.replica_id is None or row.replica_id != row.replica_id
+                else int(row.replica_id),
                 None if row.stage_id is None or row.stage_id != row.stage_id else int(row.stage_id),
             )
             for row in rows.astype(object).where(rows.notna(), None).itertuples()

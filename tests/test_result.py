@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
@@ -194,7 +194,7 @@ def test_tables_are_checked_when_given(tables, message):
 
 def test_columns_of_one_length():
     """Columns that differ in length are refused, never padded."""
-    with pytest.raises(VidurError, match="expected columns of one length.* num_restarts 1"):
+    with pytest.raises(VidurError, match=r"expected columns of one length.* num_restarts 1"):
         _ = made(num_restarts=[0]).requests
 
 
@@ -287,12 +287,12 @@ def test_printed_summary():
 
 
 PRINTED = """\
-latency (s)            mean      std      p50      p90      p95      p99    count
-ttft                  2.375    1.635    2.500    4.000    4.000    4.000        4
-tpot                  1.000        0    1.000    1.000    1.000    1.000        2
-e2e                   4.167   0.2357    4.000    4.400    4.450    4.490        3
-scheduling_delay      1.125   0.8927    1.250    2.000    2.000    2.000        4
-itl                  0.8750   0.4841   0.7500    1.300    1.650    1.930        8
+latency (s)             mean       std       p50       p90       p95       p99     count
+ttft                   2.375     1.635     2.500     4.000     4.000     4.000         4
+tpot                   1.000         0     1.000     1.000     1.000     1.000         2
+e2e                    4.167    0.2357     4.000     4.400     4.450     4.490         3
+scheduling_delay       1.125    0.8927     1.250     2.000     2.000     2.000         4
+itl                   0.8750    0.4841    0.7500     1.300     1.650     1.930         8
 
 requests                  5: 3 completed, 1 unfinished, 1 refused
 most often refused for    its 9010 tokens are more than max_model_len = 4096
@@ -441,17 +441,19 @@ def test_saved_files_are_plain(tmp_path):
 
 
 TEXTS = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]))
-INSTANTS = st.floats(0, allow_infinity=False)
+INSTANTS = st.floats(0, 1e9)
 
 
-@given(st.lists(st.tuples(INSTANTS, TEXTS, st.booleans()), min_size=1, max_size=5))
+@settings(max_examples=50)
+@given(st.lists(st.tuples(INSTANTS, st.floats(), TEXTS, st.booleans()), min_size=1, max_size=5))
 def test_values_survive_exactly(tmp_path_factory, rows):
     """Every float and every text comes back as it was."""
-    instants, texts, flags = map(list, zip(*rows, strict=True))
+    instants, deadlines, texts, flags = map(list, zip(*rows, strict=True))
     zeros = [0] * len(rows)
     columns = dict.fromkeys(("scheduled_at", "first_token_at", "completed_at"), instants)
     columns |= dict.fromkeys(("num_prefill_tokens", "num_decode_tokens", "num_restarts"), zeros)
     columns |= {"arrived_at": [0.0] * len(rows), "refusal": texts, "is_good": flags, "tag": texts}
+    columns["deadline"] = deadlines
     tables = {"requests": columns, "replicas": {}, "timeline": {}, "batches": {}, "events": {}}
     result = Result(tables, **NOTHING)
     directory = tmp_path_factory.mktemp("saved")

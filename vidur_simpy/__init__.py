@@ -2,9 +2,8 @@
 
 >>> import vidur_simpy as vs
 >>> cluster = vs.Cluster(model="llama-3.1-8b", device="h100-80gb-sxm", num_replicas=2)
->>> workload = vs.Workload(
-...     arrivals=vs.Poisson(rate=3.0), lengths=vs.PublishedLengths("azure-conv-2023"), num_requests=50
-... )
+>>> lengths = vs.PublishedLengths("azure-conv-2023")
+>>> workload = vs.Workload(arrivals=vs.Poisson(rate=3.0), lengths=lengths, num_requests=50)
 >>> result = vs.simulate(cluster, workload, seed=0)
 >>> len(result.requests)
 50

@@ -37,6 +37,8 @@ class Request:
 
     Attributes
     ----------
+    num_tokens : int
+        Prompt and output together.
     num_processed_tokens : int
         Tokens whose step is done, the free token of a finished prefill included.
     prefill_target : int
@@ -73,6 +75,7 @@ class Request:
         "num_prefill_tokens",
         "num_restarts",
         "num_scheduled_tokens",
+        "num_tokens",
         "preempted_time",
         "prefill_target",
         "priority",
@@ -104,6 +107,7 @@ class Request:
         self.arrived_at = arrived_at
         self.num_prefill_tokens = num_prefill_tokens
         self.num_decode_tokens = num_decode_tokens
+        self.num_tokens = num_prefill_tokens + num_decode_tokens
         self.priority = priority
         self.deadline = deadline
         self.session_id = session_id
@@ -133,28 +137,22 @@ class Request:
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output together."""
-        return self.num_prefill_tokens + self.num_decode_tokens
-
-    @property
     def num_processed_tokens(self) -> int:
         """Tokens whose step is done; while it decodes, counted by its set."""
         if self.decode_set is None:
             return self._processed
         return self._processed + self.decode_set.iteration - self._joined_at_iteration
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the last output token is out."""
-        return self.num_processed_tokens == self.num_tokens
+    def end_chunk(self, num_tokens: int) -> bool:
+        """Count a prefill chunk whose batch has ended; the last one yields an output token.
 
-    def end_chunk(self, num_tokens: int) -> None:
-        """Count a prefill chunk whose batch has ended; the last one yields an output token."""
+        Returns whether that was the last token of all.
+        """
         self._processed += num_tokens
         if self._processed == self.prefill_target:
             self.is_prefill_complete = True
             self._processed += 1
+        return self._processed == self.num_tokens
 
     def restart(self) -> None:
         """Forget the KV cache: the prompt, and the output so far, is to be prefilled again.

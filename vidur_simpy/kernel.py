@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from heapq import heapify, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any, Literal
 
 import simpy
-from simpy.core import BoundClass
+from simpy.core import BoundClass, StopSimulation
 from simpy.events import NORMAL, URGENT, Event, EventPriority
 
-from vidur_simpy.errors import unknown_name
+from vidur_simpy.errors import SimulationError, unknown_name
 
 __all__ = ["Environment", "EventOrder", "EventType", "Signal", "TypedEvent"]
 
@@ -49,6 +49,8 @@ class TypedEvent(Event):
 
     Attributes
     ----------
+    signal : Signal
+        What raised it, and where.
     event_type : EventType
     replica_id, stage_id : int or None
         Where it happens, if it has a place.
@@ -56,24 +58,29 @@ class TypedEvent(Event):
         The batch or the request it is about.
     """
 
-    def __init__(self, env: Environment, event_type: EventType, where: Where, value: Any) -> None:
+    _ok = True
+
+    def __init__(self, signal: Signal, value: Any, callbacks: list[Any]) -> None:
         # As SimPy's own events do, without super().__init__(): one of these is made per event.
-        self.env = env
-        self.callbacks = []
-        self.event_type = event_type
-        self.where = where
-        self._ok = True
+        self.env = signal.env
+        self.callbacks = callbacks
+        self.signal = signal
         self._value = value
+
+    @property
+    def event_type(self) -> EventType:
+        """Which of the seven it is."""
+        return self.signal.event_type
 
     @property
     def replica_id(self) -> int | None:
         """Replica at which it happens."""
-        return self.where[0]
+        return self.signal.where[0]
 
     @property
     def stage_id(self) -> int | None:
         """Pipeline stage at which it happens."""
-        return self.where[1]
+        return self.signal.where[1]
 
     def _desc(self) -> str:
         return f"{self.event_type.name}(replica_id={self.replica_id}, stage_id={self.stage_id})"
@@ -105,8 +112,6 @@ class Environment(simpy.Environment):
             raise unknown_name("event_order", event_order, ["type", "id"])
         self.event_order = event_order
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {}
-        # Arrivals are numbered as if all had been created before the first event: at one instant
-        # they come before any other event of their type (or, in "id" order, of any type).
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
         for name, bound_class in simpy.Environment.__dict__.items():
@@ -115,121 +120,191 @@ class Environment(simpy.Environment):
 
     def schedule(self, event: Event, priority: EventPriority = NORMAL, delay: float = 0) -> None:
         """Schedule an event of SimPy's own or of a user's process, before any typed event."""
-        heappush(
-            self._queue,
-            (self._now + delay, EventPriority(priority - 2), next(self._eid), event),
-        )
+        entry = (self._now + delay, priority - 2, next(self._eid), event)
+        heappush(self._queue, entry)  # type: ignore[misc]
 
-    def push(self, time: float, event: TypedEvent) -> None:
-        """Put a typed event into the queue at exactly `time`. The order lives here."""
-        event_type = event.event_type
-        if event_type is EventType.REQUEST_ARRIVAL:
-            event_id = next(self._arrival_ids)
-        else:
-            event_id = next(self._eid)
-        priority = event_type if self.event_order == "type" else 1
-        heappush(self._queue, (time, EventPriority(priority), event_id, event))
+    def key_of(self, event_type: EventType) -> tuple[int, count[int]]:
+        """Return what orders simultaneous events of this type: a priority, and serial numbers.
 
-    def at(
-        self,
-        time: float,
-        event_type: EventType,
-        value: Any = None,
-        *,
-        where: Where = (None, None),
-    ) -> TypedEvent:
+        The order lives here.
+        """
+        priority = int(event_type) if self.event_order == "type" else 1
+        # Arrivals are numbered as if all had been created before the first event: at one instant
+        # they come before any other event of their type (or, in "id" order, of any type).
+        is_arrival = event_type is EventType.REQUEST_ARRIVAL
+        return priority, self._arrival_ids if is_arrival else self._eid
+
+    def at(self, time: float, event_type: EventType, value: Any = None) -> TypedEvent:
         """Return a typed event that happens at exactly `time` (seconds, not before now).
 
         ``timeout(time - now)`` would happen at ``now + (time - now)``, which is another number.
         """
-        if time < self._now:
+        if not time >= self._now:
             raise ValueError(f"an event at {time} s lies before the present, {self._now} s")
-        event = TypedEvent(self, event_type, where, value)
-        self.push(time, event)
-        return event
+        return Signal(self, event_type).at(time, value)
 
     def cancel(self, event: Event) -> None:
         """Take an event out of the queue that has not happened yet. O(queue), for rare use."""
-        self._queue = [entry for entry in self._queue if entry[3] is not event]
+        self._queue[:] = [entry for entry in self._queue if entry[3] is not event]
         heapify(self._queue)
-
-    def subscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
-        """Call `listener(event)` each time an event of this type has been handled."""
-        self._listeners.setdefault(EventType(event_type), []).append(listener)
-        # Only an environment that somebody listens to pays for looking.
-        self.step = self._step_and_tell  # type: ignore[method-assign]
-
-    def unsubscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
-        """Stop calling a listener."""
-        self._listeners[event_type].remove(listener)
 
     @property
     def num_events(self) -> int:
         """Events scheduled so far, typed or not."""
-        return self._count_of(self._eid) + self._count_of(self._arrival_ids) - _FIRST_ARRIVAL_ID
+        return _next_of(self._eid) + _next_of(self._arrival_ids) - _FIRST_ARRIVAL_ID
 
-    @staticmethod
-    def _count_of(ids: count[int]) -> int:
-        """Return the next id without taking it."""
-        return int(repr(ids).removeprefix("count(").removesuffix(")"))
+    # -- listening ---------------------------------------------------------------------------
 
-    def _step_and_tell(self) -> None:
-        event = self._queue[0][3] if self._queue else None
-        simpy.Environment.step(self)
+    def subscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
+        """Call `listener(event)` each time an event of this type has been handled."""
+        self._listeners.setdefault(EventType(event_type), []).append(listener)
+
+    def unsubscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
+        """Stop calling a listener."""
+        listeners = self._listeners[event_type]
+        listeners.remove(listener)
+        if not listeners:
+            del self._listeners[event_type]
+
+    def _tell(self, event: Event | None) -> None:
         if isinstance(event, TypedEvent):
             for listener in tuple(self._listeners.get(event.event_type, ())):
                 listener(event)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Handle the next event, as SimPy does, and tell who listens to it."""
+        event = self._queue[0][3] if self._queue else None
+        super().step()
+        self._tell(event)
 
     def run(self, until: float | Event | None = None) -> Any:
         """Run until nothing is left, until an event happens, or until exactly the instant `until`.
 
         Events at the instant `until` are not handled; a later call goes on with them.
 
+        Returns
+        -------
+        object
+            The value of the event `until`, if it is one.
+
         Raises
         ------
         ValueError
-            If `until` is not after the present.
+            If `until` is an instant that is not after the present.
+        SimulationError
+            If `until` is an event and nothing is left that could make it happen.
         """
-        if until is None or isinstance(until, Event):
-            return super().run(until)
-        instant = float(until)
+        if until is None:
+            self._handle_events()
+            return None
+        stop = until if isinstance(until, Event) else self._stop_at(float(until))
+        if stop.callbacks is None:
+            return stop.value
+        stop.callbacks.append(StopSimulation.callback)
+        try:
+            self._handle_events()
+        except StopSimulation as stopped:
+            return stopped.args[0]
+        raise SimulationError(f"nothing is left to happen, and {until} did not.")
+
+    def _stop_at(self, instant: float) -> Event:
+        """Return an event at exactly this instant, before all others."""
         if not instant > self._now:
-            raise ValueError(f"until ({until}) must be after the present, {self._now} s")
+            raise ValueError(f"until ({instant}) must be after the present, {self._now} s")
         stop = Event(self)
         stop._ok, stop._value = True, None
         heappush(self._queue, (instant, EventPriority(URGENT - 3), next(self._eid), stop))
-        return super().run(stop)
+        return stop
+
+    def _handle_events(self) -> None:
+        """Handle events until none is left: SimPy's `step` in a loop, without a call for each."""
+        queue, listeners = self._queue, self._listeners
+        while queue:
+            self._now, _, _, event = heappop(queue)
+            callbacks, event.callbacks = event.callbacks, None  # type: ignore[assignment]
+            try:
+                for callback in callbacks:
+                    callback(event)
+            except StopSimulation:
+                # Whoever waits for the event as well is told when the simulation goes on.
+                event.callbacks = callbacks[callbacks.index(callback) + 1 :]
+                self.schedule(event, EventPriority(-1))
+                raise
+            if not event._ok and not hasattr(event, "_defused"):
+                raise event._value
+            if listeners:
+                self._tell(event)
+
+
+def _next_of(ids: count[int]) -> int:
+    """Return the next serial number without taking it."""
+    return int(repr(ids).removeprefix("count(").removesuffix(")"))
 
 
 class Signal:
-    """Raises one type of event at one place, for one process that waits for each in turn.
+    """Raises one type of event at one place.
 
-    It is SimPy's ``event``/``succeed`` idiom without the hand-over: the process waits for the
-    typed event itself. An event raised while the process is busy elsewhere still happens, and
-    finds nobody, as a schedule event that has nothing to do should.
+    A process that waits for each event in turn yields :meth:`wait`. That is SimPy's
+    ``event``/``succeed`` idiom without the hand-over: the process waits for the typed event itself.
+    An event raised while the process is busy elsewhere still happens, and finds nobody, as an
+    event that has nothing to do should.
+
+    Parameters
+    ----------
+    env : Environment
+    event_type : EventType
+    where : (int or None, int or None)
+        Replica and stage at which it happens.
+    handler : callable, optional
+        Called with each event, for events that no process waits for.
     """
 
-    __slots__ = ("_awaited", "_pending", "env", "event_type", "where")
+    __slots__ = (
+        "_awaited",
+        "_handlers",
+        "_ids",
+        "_pending",
+        "_priority",
+        "_queue",
+        "env",
+        "event_type",
+        "where",
+    )
 
     def __init__(
-        self, env: Environment, event_type: EventType, where: Where = (None, None)
+        self,
+        env: Environment,
+        event_type: EventType,
+        where: Where = (None, None),
+        handler: Callable[[TypedEvent], None] | None = None,
     ) -> None:
         self.env = env
         self.event_type = event_type
         self.where = where
+        self._handlers = () if handler is None else (handler,)
+        self._priority, self._ids = env.key_of(event_type)
+        self._queue: list[Any] = env._queue
         self._awaited: TypedEvent | None = None
         self._pending: deque[TypedEvent] = deque()
 
+    def at(self, time: float, value: Any = None) -> TypedEvent:
+        """Return the event at exactly `time` in seconds."""
+        event = TypedEvent(self, value, [*self._handlers])
+        heappush(self._queue, (time, self._priority, next(self._ids), event))
+        return event
+
     def raise_now(self, value: Any = None) -> None:
-        """Raise the event at the present instant."""
+        """Raise the event at the present instant, for the process that waits."""
         event = self._awaited
         if event is None:
-            event = TypedEvent(self.env, self.event_type, self.where, value)
+            event = TypedEvent(self, value, [])
             self._pending.append(event)
         else:
             self._awaited = None
             event._value = value
-        self.env.push(self.env._now, event)
+        heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
 
     def wait(self) -> TypedEvent:
         """Return the event to yield: the first one raised and not yet handled, or a new one."""
@@ -238,5 +313,5 @@ class Signal:
             event = pending.popleft()
             if event.callbacks is not None:
                 return event
-        self._awaited = TypedEvent(self.env, self.event_type, self.where, None)
-        return self._awaited
+        self._awaited = event = TypedEvent(self, None, [])
+        return event

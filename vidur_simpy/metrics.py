@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from vidur_simpy.columns import COLUMNS
@@ -97,14 +98,16 @@ _REQUEST_COLUMNS = (
     "deadline",
     "session_id",
 )
+_request_columns = attrgetter(*_REQUEST_COLUMNS)
 _EXECUTION_TIME = _REQUEST_COLUMNS.index("execution_time")
 
 
 def _request_row(request: Request) -> tuple[Any, ...]:
-    row = [getattr(request, name) for name in _REQUEST_COLUMNS]
-    if request.decode_set is not None:
-        row[_EXECUTION_TIME : _EXECUTION_TIME + 2] = request.decode_set.times_of(request)
-    return tuple(row)
+    row: tuple[Any, ...] = _request_columns(request)
+    if request.decode_set is None:
+        return row
+    times = request.decode_set.times_of(request)
+    return (*row[:_EXECUTION_TIME], *times, *row[_EXECUTION_TIME + 2 :])
 
 
 class BatchLog:

@@ -31,9 +31,10 @@ ProcessGenerator = Generator[Event, Any, None]
 
 def arrivals(env: Environment, requests: Iterable[Request], router: Router) -> ProcessGenerator:
     """Process: bring each request to the router at the exact instant it arrives."""
+    arrival = Signal(env, EventType.REQUEST_ARRIVAL)
     for request in requests:
         assert request.arrived_at is not None
-        yield env.at(request.arrived_at, EventType.REQUEST_ARRIVAL, request)
+        yield arrival.at(request.arrived_at, request)
         router.receive(request)
 
 
@@ -285,8 +286,10 @@ class Stage(simpy.Resource):
         self.queue: deque[Batch] = deque()
         self.users: list[Any] = []
         self._stage_time = stage_time
-        self._where = (replica.replica_id, stage_id)
-        self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, self._where)
+        where = (replica.replica_id, stage_id)
+        self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
+        self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
+        self.end = Signal(env, EventType.BATCH_STAGE_END, where)
         self.process = env.process(self._execute_batches())
 
     @property
@@ -301,8 +304,7 @@ class Stage(simpy.Resource):
 
     def send(self, batch: Batch) -> None:
         """Raise the arrival of a batch at this stage."""
-        event = self.env.at(self.env._now, EventType.BATCH_STAGE_ARRIVAL, batch, where=self._where)
-        event.callbacks.append(self._arrive)
+        self.arrival.at(self.env._now, batch)
 
     def _arrive(self, event: TypedEvent) -> None:
         """At BATCH_STAGE_ARRIVAL: check that its memory is there, and queue the batch."""
@@ -330,7 +332,7 @@ class Stage(simpy.Resource):
             batch = self.queue.popleft()
             self.users.append(batch)
             duration = self._start(batch)
-            end = env.at(env._now + duration, EventType.BATCH_STAGE_END, batch, where=self._where)
+            end = self.end.at(env._now + duration, batch)
             while True:
                 try:
                     yield end
@@ -340,9 +342,7 @@ class Stage(simpy.Resource):
                     env.cancel(end)
                     yield from _pause(env, interrupt)
                     duration = env.now - batch.stage_started_at + left
-                    end = env.at(
-                        env.now + left, EventType.BATCH_STAGE_END, batch, where=self._where
-                    )
+                    end = self.end.at(env.now + left, batch)
             self._end(batch, duration)
 
     def _start(self, batch: Batch) -> float:

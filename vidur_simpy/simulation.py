@@ -24,8 +24,11 @@ __all__ = ["Simulation", "simulate"]
 # Each source of randomness has its own generator, spawned from the seed. Append only.
 STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
 
+# Rows of a workload that are turned from columns into numbers at a time.
+CHUNK = 4096
+
 # Rows of the timeline, shared by the replicas.
-TIMELINE_ROWS = 65_536
+TIMELINE_ROWS = 16_384
 
 
 class Simulation:
@@ -149,14 +152,20 @@ class Simulation:
         """Make each request just before it arrives, so that those to come take no memory."""
         optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
         given = [name for name in optional if getattr(table, name) is not None]
-        columns = [table.num_prefill_tokens, table.num_decode_tokens, table.arrived_at]
-        for index in range(len(table)):
-            prefill, decode, arrived_at = (column[index].item() for column in columns)
-            more = {name: _plain(getattr(table, name)[index]) for name in given}
-            request = Request(prefill, decode, arrived_at, **{"request_id": index, **more})
-            assert request.request_id is not None
-            self._live[request.request_id] = request
-            yield request
+        for start in range(0, len(table), CHUNK):
+            rows = slice(start, start + CHUNK)
+            columns = [
+                column[rows].tolist()
+                for column in (table.num_prefill_tokens, table.num_decode_tokens, table.arrived_at)
+            ]
+            for index, (prefill, decode, arrived_at) in enumerate(
+                zip(*columns, strict=True), start
+            ):
+                request = Request(prefill, decode, arrived_at, request_id=index)
+                for name in given:
+                    setattr(request, name, _plain(getattr(table, name)[index]))
+                self._live[request.request_id] = request  # type: ignore[index]
+                yield request
 
     def _refusal(self, request: Request) -> str:
         longest = self.cluster.max_tokens

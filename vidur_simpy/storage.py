@@ -298,7 +298,7 @@ def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFr
             dtype={name: "str" if kind in texts else kind for name, kind in kinds.items()},
             keep_default_na=False,
             na_values={name: [""] for name, kind in kinds.items() if kind not in texts},
-            float_precision="round_trip",
+            **_exact_floats(),
         )
         if list(table_read.columns) != list(kinds) or len(table_read) != content["rows"]:
             raise ValueError(
@@ -308,6 +308,14 @@ def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFr
         return frame(table, {name: _series(kind, table_read[name]) for name, kind in kinds.items()})
     except _DAMAGE as error:
         raise VidurError(f"{str(path)!r} is damaged or missing: {error}.") from error
+
+
+def _exact_floats() -> dict[str, Any]:
+    """Return the option without which pandas before 3.1 rounds some floats it reads."""
+    import pandas as pd
+
+    version = tuple(int(part) for part in pd.__version__.split(".")[:2])
+    return {"float_precision": "round_trip"} if version < (3, 1) else {}
 
 
 def _write_config(directory: Path, config: Mapping[str, Any] | None) -> None:

@@ -66,7 +66,7 @@ def ratio(count: float, total: float) -> float:
 def as_text(result: Result) -> str:
     """Return the summary and the figures as plain text."""
     table = [
-        f"{name:<18}" + "".join(f"{cell:>9}" for cell in cells)
+        f"{name:<18}" + "".join(f"{cell:>10}" for cell in cells)
         for name, *cells in _latency_cells(result)
     ]
     scalars = [f"{name:<26}{value}" for name, value in _scalars(result)]
@@ -171,7 +171,7 @@ def digits(value: float) -> str:
     if value == 0:
         return "0"
     num_decimals = max(0, 3 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(num_decimals, 7)}f}"
+    return f"{value:.{min(num_decimals, 6)}f}"
 
 
 def _percent(share: float) -> str:

@@ -19,7 +19,7 @@ Event = tuple[float, str, int | None, int | None]
 
 @dataclass(frozen=True)
 class Expected:
-    """Rows with the column names of :class:`oracle.vidur.PlainRun`; events per event order."""
+    """Rows with the column names of `PlainRun`; events per event order."""
 
     requests: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -105,7 +105,7 @@ def batch_row(row: dict[str, str]) -> dict[str, Any]:
 
 def plain_case(described: dict[str, Any], event_order: str) -> PlainCase:
     """A case.json in the package's words."""
-    scheduler = dict(described["replica_scheduler"])
+    scheduler: dict[str, Any] = dict(described["replica_scheduler"])
     name, _, ordering = scheduler.pop("kind").partition("_")
     if name == "faster":
         name, ordering = "faster_transformer", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .vidur import PlainCase, PlainRequest
@@ -201,7 +202,10 @@ class PlainMnemosyne(PlainScheduler):
         for queue in (self.waiting, self.partial):
             queue.sort(key=lambda request: self.priority(request, now))
         for queue in (self.partial, self.waiting):
-            self.scan(queue, members, now)
+            self.scan(queue, members, now, MOST_SKIPPED)
+        if not members and not self.batches_in_flight:
+            # Ten that need blocks may stand before one that holds them: the reference stops here.
+            self.scan(self.waiting, members, now, len(self.waiting))
         if members:
             self.batches_in_flight.append(self.sub_batches)
         return members
@@ -214,9 +218,11 @@ class PlainMnemosyne(PlainScheduler):
             return request.deadline, request.id
         return self.slack_fraction(request, now), 0  # lrs, st: ties keep their order
 
-    def scan(self, queue: list[PlainRequest], members: Members, now: float) -> None:
+    def scan(
+        self, queue: list[PlainRequest], members: Members, now: float, most_skipped: int
+    ) -> None:
         position = 0
-        while position < len(queue) and position < MOST_SKIPPED:
+        while position < len(queue) and position < most_skipped:
             request = queue[position]
             num_tokens = self.tokens_if_it_may_join(request, members, now)
             if num_tokens == 0:
@@ -225,9 +231,7 @@ class PlainMnemosyne(PlainScheduler):
                 queue.pop(position)
                 self.join(request, num_tokens, members)
 
-    def tokens_if_it_may_join(
-        self, request: PlainRequest, members: Members, now: float
-    ) -> int:
+    def tokens_if_it_may_join(self, request: PlainRequest, members: Members, now: float) -> int:
         if request.id not in self.blocks and len(self.blocks) == self.case.max_num_seqs:
             return 0
         if len(members) == self.case.max_micro_batch_size:
@@ -341,7 +345,7 @@ class PlainMnemosyne(PlainScheduler):
         return (request.deadline - now - left) / request.deadline_time
 
 
-def search(left: int, target: float, time_of) -> int:  # type: ignore[no-untyped-def]
+def search(left: int, target: float, time_of: Callable[[int], float]) -> int:
     """The number of tokens that brings the batch near its target time.
 
     C2: it halves an interval whose ends it never tries, in multiples of 32.

@@ -172,7 +172,7 @@ class PlainBatch:
 
 @dataclass
 class PlainRun:
-    """What happened: rows of plain values, in request id order, order of formation, order of handling."""
+    """What happened, as plain rows: requests by id, batches as formed, events as handled."""
 
     requests: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -262,7 +262,9 @@ class PlainSimulation:
         if self.case.global_scheduler == "least_waiting_requests":  # the reference's "lor"
             return [replica.scheduler.num_waiting() for replica in self.replicas]
         if self.case.global_scheduler == "least_outstanding_requests":
-            on = [r.replica_id for r in self.requests if r.replica_id is not None and not r.completed]
+            on = [
+                r.replica_id for r in self.requests if r.replica_id is not None and not r.completed
+            ]
             return [on.count(index) for index in range(len(self.replicas))]
         assert self.case.global_scheduler == "round_robin"
         return []

@@ -241,6 +241,10 @@ class FasterTransformer(SlotScheduler):
         super().__init__(case)
         self.unfinished_batches: list[list[PlainRequest]] = []
 
+    def everybody(self) -> list[PlainRequest]:
+        between_batches = [request for batch in self.unfinished_batches for request in batch]
+        return self.waiting + between_batches
+
     def choose(self, now: float) -> Members:
         if self.unfinished_batches:
             return [(request, request.next_tokens) for request in self.unfinished_batches.pop(0)]

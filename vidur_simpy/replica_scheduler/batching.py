@@ -128,6 +128,8 @@ class ContinuousBatching:
         prefills : list of Request
             The unfinished prefills met on the way, which are out of `running` too.
         """
+        if not self.running:
+            return None, []
         num_decodes = num_blocks = num_prefills = 0
         for entry in self.running:
             if isinstance(entry, DecodeSet):
@@ -236,12 +238,11 @@ class ContinuousBatching:
 
     def end(self, batch: Batch, now: float) -> Sequence[Request]:
         """Count the tokens, free the completed requests, put the others back into `running`."""
-        decodes = batch.decodes
         completed: list[Request] = []
-        if decodes is not None:
-            completed.extend(decodes.advance(now, batch.execution_time))
-            if decodes.members:
-                self.running.append(decodes)
+        if batch.decodes is not None:
+            completed += batch.decodes.advance(now, batch.execution_time)
+            if batch.decodes.members:
+                self.running.append(batch.decodes)
         for chunk in batch.prefills:
             if chunk.is_current:
                 self._end_chunk(chunk, now, completed)
@@ -252,10 +253,10 @@ class ContinuousBatching:
 
     def _end_chunk(self, chunk: PrefillChunk, now: float, completed: list[Request]) -> None:
         request = chunk.request
-        request.end_chunk(chunk.num_tokens)
+        is_complete = request.end_chunk(chunk.num_tokens)
         if request.is_prefill_complete and request.first_token_at is None:
             request.first_token_at = now
-        if request.is_complete:
+        if is_complete:
             completed.append(request)
         elif request.is_prefill_complete or not self.resources.sequence_pipeline_parallel:
             self.running.append(request)

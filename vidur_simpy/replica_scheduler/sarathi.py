@@ -74,9 +74,8 @@ class SarathiScheduler(ContinuousBatching):
                 left -= num_tokens
             else:
                 skipped.append(request)
-        in_order = [*skipped, *self._in_order()]
-        in_order.sort(key=by_arrival)
-        self.running = list(in_order)
+        if skipped or self.running:
+            self.running = [*sorted([*skipped, *self._in_order()], key=by_arrival)]
         return left
 
     def _admit_prompts(self, chunks: list[PrefillChunk], num_decodes: int, left: int) -> None:
