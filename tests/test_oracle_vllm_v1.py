@@ -210,22 +210,50 @@ def test_generated_tokens_are_cached_too(async_scheduling: bool) -> None:
     assert run.requests[1].num_preemptions == 1
 
 
-@pytest.mark.parametrize(("version", "hits"), [("0.19.1", 0), ("0.23.0", 4)])
-def test_freed_blocks_without_content_are_reused_first(version: str, hits: int) -> None:
-    """Since 0.23 a half-filled block goes before a cached one, so the cache lives longer."""
-    case = engine(enable_prefix_caching=True, hash_block_size=5, vllm_version=version)
-    lengths = (5, 3, 12, 5)  # two blocks, one, three; then the first prompt again
+@pytest.mark.parametrize(
+    ("version", "async_scheduling", "num_outputs", "hits"),
+    [
+        ("0.19.1", False, 1, 0),
+        ("0.23.0", False, 1, 4),
+        ("0.32.0", False, 2, 0),
+        ("0.32.0", True, 2, 0),
+    ],
+)
+def test_freed_blocks_without_content_are_reused_first(
+    version: str, async_scheduling: bool, num_outputs: int, hits: int
+) -> None:
+    """Since 0.23 a half-filled block goes before a cached one; one that an output fills waits."""
+    case = engine(
+        enable_prefix_caching=True,
+        hash_block_size=5,
+        async_scheduling=async_scheduling,
+        vllm_version=version,
+    )
+    lines = [(5, 1), (3, num_outputs), (12, 1), (5, 1)]  # the first prompt comes again
     workload = [
         PlainVllmV1Request(
             request_id=index,
             arrival_ns=index * 10**9,
-            num_prompt_tokens=length,
-            num_output_tokens=1,
-            hash_ids=(7,) if length == 5 else (10 + index, 20 + index, 30 + index),
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            hash_ids=(7,) if num_prompt_tokens == 5 else (10 + index, 20 + index, 30 + index),
         )
-        for index, length in enumerate(lengths)
+        for index, (num_prompt_tokens, num_output_tokens) in enumerate(lines)
     ]
     assert run_plainly(case, workload).requests[3].cached_tokens_first_admission == hits
+
+
+def test_equals_may_evict_one_another_for_ever() -> None:
+    """Without the gate two alike in priority and arrival undo each other's prefills: an error."""
+    case = engine(
+        policy="priority",
+        block_size=2,
+        num_gpu_blocks=4,
+        max_model_len=6,
+        long_prefill_token_threshold=1,
+    )
+    with pytest.raises(RuntimeError, match="evict one another"):
+        run_plainly(case, requests((0, 2, 3), (0, 3, 3)))
 
 
 def test_the_context_limit_ends_a_request_ahead_of_its_outputs() -> None:
@@ -291,12 +319,14 @@ def engines(draw: st.DrawFn, **fixed: object) -> PlainVllmV1Case:
 @st.composite
 def workloads(draw: st.DrawFn, case: PlainVllmV1Case) -> list[PlainVllmV1Request]:
     lines = []
+    # equals may evict one another for ever under the priority policy
+    least_gap = 1 if case.policy == "priority" else 0
     for index in range(draw(st.integers(1, 10))):
         num_prompt_tokens = draw(st.integers(1, case.max_model_len - 1))
         num_ids = -(-num_prompt_tokens // 2)
         line = PlainVllmV1Request(
             request_id=index,
-            arrival_ns=(lines[-1].arrival_ns if lines else 0) + draw(st.integers(0, 40)),
+            arrival_ns=(lines[-1].arrival_ns if lines else 0) + draw(st.integers(least_gap, 40)),
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=draw(st.integers(1, 20)),
             priority=draw(st.integers(0, 2)),

@@ -9,7 +9,7 @@ request joins or leaves and costs nothing per token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.errors import ConfigError
 
@@ -143,6 +143,11 @@ class Request:
             return self._processed
         return self._processed + self.decode_set.iteration - self._joined_at_iteration
 
+    def schedule_chunk(self, num_tokens: int) -> PrefillChunk:
+        """Give the next `num_tokens` of the prefill to a batch."""
+        self.num_scheduled_tokens += num_tokens
+        return PrefillChunk(self, num_tokens, self._processed + num_tokens)
+
     def end_chunk(self, num_tokens: int) -> bool:
         """Count a prefill chunk whose batch has ended; the last one yields an output token.
 
@@ -180,8 +185,8 @@ class Request:
         self.last_stage_end = now
 
 
-class PrefillChunk(NamedTuple):
-    """A piece of one prompt in a batch.
+class PrefillChunk:
+    """A piece of one prompt in a batch; :meth:`Request.schedule_chunk` makes it.
 
     Attributes
     ----------
@@ -195,17 +200,13 @@ class PrefillChunk(NamedTuple):
         request is restarted no longer counts.
     """
 
-    request: Request
-    num_tokens: int
-    context: int
-    num_restarts: int
+    __slots__ = ("context", "num_restarts", "num_tokens", "request")
 
-    @classmethod
-    def of(cls, request: Request, num_tokens: int) -> PrefillChunk:
-        """Schedule the next `num_tokens` of a request's prefill."""
-        request.num_scheduled_tokens += num_tokens
-        context = request._processed + num_tokens
-        return cls(request, num_tokens, context, request.num_restarts)
+    def __init__(self, request: Request, num_tokens: int, context: int) -> None:
+        self.request = request
+        self.num_tokens = num_tokens
+        self.context = context
+        self.num_restarts = request.num_restarts
 
     @property
     def is_current(self) -> bool:

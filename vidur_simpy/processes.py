@@ -195,15 +195,14 @@ class Replica:
                 self.schedule.raise_now()
                 continue
             if self.num_running_batches < num_stages and not self._first_stage_taken:
-                batch = self._next_batch(self.env._now)
+                self.pool.tick(self.env._now)
+                batch = self.scheduler.schedule(self.env._now)
                 if batch is not None:
-                    self.stages[0].send(batch)
+                    self._send(batch)
 
-    def _next_batch(self, now: float) -> Batch | None:
-        self.pool.tick(now)
-        batch = self.scheduler.schedule(now)
-        if batch is None:
-            return None
+    def _send(self, batch: Batch) -> None:
+        """Send a batch that was just formed to the first stage."""
+        now = self.env._now
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         batch.scheduled_at = now
@@ -217,12 +216,13 @@ class Replica:
             self.timeline.sample(
                 now, self.scheduler.num_running, self.scheduler.num_waiting, self.pool.usage
             )
-        return batch
+        self.stages[0].arrival.at(now, batch)
 
     def end_first_stage(self, batch: Batch) -> None:
         """Let the next batch enter: the first stage is done with this one."""
         self._first_stage_taken = False
-        self.scheduler.end_first_stage(batch)
+        if batch.prefills:
+            self.scheduler.end_first_stage(batch)
 
     def _end_batches(self) -> ProcessGenerator:
         """Process: at each BATCH_END free memory, complete requests, and schedule again."""
@@ -302,10 +302,6 @@ class Stage(simpy.Resource):
         under_way = [user for user in self.users if isinstance(user, Batch)]
         return self.busy_time + sum(now - batch.stage_started_at for batch in under_way)
 
-    def send(self, batch: Batch) -> None:
-        """Raise the arrival of a batch at this stage."""
-        self.arrival.at(self.env._now, batch)
-
     def _arrive(self, event: TypedEvent) -> None:
         """At BATCH_STAGE_ARRIVAL: check that its memory is there, and queue the batch."""
         self.replica.pool.validate()
@@ -374,7 +370,7 @@ class Stage(simpy.Resource):
         if self.stage_id + 1 == len(replica.stages):
             replica.batch_end.raise_now(batch)
         else:
-            replica.stages[self.stage_id + 1].send(batch)
+            replica.stages[self.stage_id + 1].arrival.at(now, batch)
         if self.stage_id == 0:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()

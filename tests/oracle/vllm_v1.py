@@ -99,6 +99,11 @@ class PlainVllmV1Scheduler:
         self.budget = 0
         self.cap = 0
 
+    @property
+    def patience(self) -> int:
+        """Return how many calls may pass without a token, far above what computing all takes."""
+        return 100 + 10 * sum(state.num_tokens for state in self.running + self.waiting)
+
     def add(self, request: PlainVllmV1Request) -> None:
         """Take a request in, at the end of its queue."""
         assert 0 < request.num_prompt_tokens < self.case.max_model_len, f"{request}: prompt"
@@ -327,36 +332,38 @@ def run_plainly(
     Raises
     ------
     RuntimeError
-        If nothing can be scheduled although requests are left.
+        If no request gets on any more: under the priority policy, requests that are equal in
+        priority and arrival may evict one another for ever.
     """
     scheduler = PlainVllmV1Scheduler(case)
     arrivals = deque(sorted(workload, key=lambda request: request.arrival_ns))
     in_flight: deque[PlainVllmV1Step] = deque()
     steps: list[PlainVllmV1Step] = []
-    now = free_at = num_idle_calls = 0
+    now = free_at = num_fruitless_calls = 0
     while True:
         while arrivals and arrivals[0].arrival_ns <= now:
             scheduler.add(arrivals.popleft())
-        if scheduler.running or scheduler.waiting:
+        has_requests = bool(scheduler.running or scheduler.waiting)
+        if not has_requests and not in_flight:
+            if not arrivals:
+                break
+            now = arrivals[0].arrival_ns
+            continue
+        if has_requests:
             step = scheduler.schedule()
             _run(step, case, now, free_at)
             free_at = step.end_ns
             in_flight.append(step)
             _note(step, steps, scheduler)
-            num_idle_calls = 0 if step.tokens or step.preempted else num_idle_calls + 1
-            if num_idle_calls > 3:
-                raise RuntimeError(f"nothing can be scheduled at {now} ns")
+            num_fruitless_calls = 0 if step.sampled else num_fruitless_calls + 1
+            if num_fruitless_calls > scheduler.patience:
+                raise RuntimeError(f"no request gets on at {now} ns: they evict one another")
             if watch:
                 watch(scheduler)
             if len(in_flight) < (2 if case.async_scheduling else 1):
                 continue
-        elif not in_flight:
-            if not arrivals:
-                break
-            now = arrivals[0].arrival_ns
-            continue
         oldest = in_flight.popleft()
-        now = max(now, oldest.end_ns)
+        now = oldest.end_ns
         scheduler.apply(oldest)
         if watch:
             watch(scheduler)

@@ -113,7 +113,7 @@ class ContinuousBatching:
         request = self.waiting.popleft()
         self.pool.reserve(self.pool.blocks_of(request.prefill_target))
         self.num_running += 1
-        return PrefillChunk.of(request, num_tokens)
+        return request.schedule_chunk(num_tokens)
 
     # -- decodes -----------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class ContinuousBatching:
     def _gather(self) -> tuple[DecodeSet | None, list[Request]]:
         """Empty `running`: its decodes as one set, in order, and its unfinished prefills."""
         decodes: DecodeSet | None = None
-        prefills = []
+        prefills: list[Request] = []
         for entry in self.running:
             if isinstance(entry, DecodeSet):
                 if decodes is None:
@@ -246,9 +246,9 @@ class ContinuousBatching:
         for chunk in batch.prefills:
             if chunk.is_current:
                 self._end_chunk(chunk, now, completed)
-        for request in completed:
-            self.pool.free(self._num_blocks_held(request))
-        self.num_running -= len(completed)
+        if completed:
+            self.pool.free(sum(map(self._num_blocks_held, completed)))
+            self.num_running -= len(completed)
         return completed
 
     def _end_chunk(self, chunk: PrefillChunk, now: float, completed: list[Request]) -> None:

@@ -57,7 +57,7 @@ class ReservingBatching(ContinuousBatching):
             request = self.waiting.popleft()
             self.pool.reserve(self.num_blocks_each)
             self.num_running += 1
-            chunks.append(PrefillChunk.of(request, request.prefill_target))
+            chunks.append(request.schedule_chunk(request.prefill_target))
         return chunks
 
     def _num_blocks_held(self, request: Request) -> int:

@@ -70,7 +70,7 @@ class SarathiScheduler(ContinuousBatching):
         for request in prefills:
             num_tokens = min(request.prefill_target - request.num_scheduled_tokens, left)
             if num_tokens > 0:
-                chunks.append(PrefillChunk.of(request, num_tokens))
+                chunks.append(request.schedule_chunk(num_tokens))
                 left -= num_tokens
             else:
                 skipped.append(request)
