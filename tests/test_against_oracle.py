@@ -92,7 +92,7 @@ def assert_same(case: PlainCase, workload: list[tuple[float, int, int]]) -> None
 
 
 @pytest.mark.parametrize("scheduler", ["vllm", "sarathi", "orca", "faster_transformer", "lightllm"])
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_package_equals_oracle(scheduler: str, data: st.DataObject) -> None:
     """Requests, batches and events are equal, preemptions, ties and refusals included."""

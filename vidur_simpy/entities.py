@@ -174,16 +174,6 @@ class Request:
         self.is_prefill_complete = False
         self.num_restarts += 1
 
-    def start_stage(self, now: float) -> None:
-        """Note that a stage began a chunk of this request."""
-        if self.last_stage_end is not None:
-            self.preempted_time += now - self.last_stage_end
-
-    def end_stage(self, now: float, duration: float) -> None:
-        """Note that a stage ended a chunk of this request."""
-        self.execution_time += duration
-        self.last_stage_end = now
-
 
 class PrefillChunk:
     """A piece of one prompt in a batch; :meth:`Request.schedule_chunk` makes it.
@@ -371,6 +361,8 @@ class Batch:
         Decoding requests, prompt tokens, and their sum: the tokens of the iteration.
     decode_context, total_context : int
         Tokens in the KV cache once the step is done, summed over the decodes, over all requests.
+    num_attention_pairs : int
+        Query-key pairs: each token of the iteration with each token it sees (causal).
     replica_id, batch_index : int
         Set by the replica; the index counts its batches from 0.
     scheduled_at, stage_started_at : float
@@ -384,6 +376,7 @@ class Batch:
         "decode_context",
         "decodes",
         "execution_time",
+        "num_attention_pairs",
         "num_decodes",
         "num_prefill_tokens",
         "num_tokens",
@@ -405,13 +398,17 @@ class Batch:
             self.num_decodes = len(decodes.members)
             self.decode_context = decodes.num_processed_tokens + self.num_decodes
         num_prefill_tokens = 0
-        context = self.decode_context
+        context = pairs = self.decode_context
         for chunk in prefills:
-            num_prefill_tokens += chunk.num_tokens
+            num_tokens = chunk.num_tokens
+            num_prefill_tokens += num_tokens
             context += chunk.context
+            # The last token of a chunk sees its whole context, the first the fewest.
+            pairs += num_tokens * chunk.context - num_tokens * (num_tokens - 1) // 2
         self.num_prefill_tokens = num_prefill_tokens
         self.num_tokens = self.num_decodes + num_prefill_tokens
         self.total_context = context
+        self.num_attention_pairs = pairs
         self.replica_id = -1
         self.batch_index = -1
         self.scheduled_at = 0.0

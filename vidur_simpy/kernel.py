@@ -58,13 +58,12 @@ class TypedEvent(Event):
         The batch or the request it is about.
     """
 
-    _ok = True
-
     def __init__(self, signal: Signal, value: Any, callbacks: list[Any]) -> None:
         # As SimPy's own events do, without super().__init__(): one of these is made per event.
         self.env = signal.env
         self.callbacks = callbacks
         self.signal = signal
+        self._ok = True
         self._value = value
 
     @property

@@ -231,25 +231,16 @@ class Replica:
             now = self.env._now
             self.pool.tick(now)
             self.num_running_batches -= 1
-            self._count(batch)
+            self.num_batches += 1
+            self.num_prefill_tokens += batch.num_prefill_tokens
+            self.num_decode_tokens += batch.num_decodes
+            self.num_attention_pairs += batch.num_attention_pairs
             for request in self.scheduler.end(batch, now):
                 request.completed_at = now
                 self.num_outstanding -= 1
                 self.num_restarts += request.num_restarts
                 self._on_completed(request)
             self.schedule.raise_now()
-
-    def _count(self, batch: Batch) -> None:
-        self.num_batches += 1
-        self.num_prefill_tokens += batch.num_prefill_tokens
-        self.num_decode_tokens += batch.num_decodes
-        self.num_attention_pairs += batch.decode_context
-        for chunk in batch.prefills:
-            # Causal: the last token of the chunk sees the whole context, the first the fewest.
-            num_tokens = chunk.num_tokens
-            self.num_attention_pairs += (
-                num_tokens * chunk.context - num_tokens * (num_tokens - 1) // 2
-            )
 
 
 class Stage(simpy.Resource):
@@ -352,7 +343,9 @@ class Stage(simpy.Resource):
             )
         batch.stage_started_at = now
         for chunk in batch.prefills:
-            chunk.request.start_stage(now)
+            request = chunk.request
+            if request.last_stage_end is not None:
+                request.preempted_time += now - request.last_stage_end
         return duration
 
     def _end(self, batch: Batch, duration: float) -> None:
@@ -362,7 +355,8 @@ class Stage(simpy.Resource):
         self.busy_time += duration
         batch.execution_time += duration
         for chunk in batch.prefills:
-            chunk.request.end_stage(now, duration)
+            chunk.request.execution_time += duration
+            chunk.request.last_stage_end = now
         replica = self.replica
         if self.put_queue:
             self._trigger_put(None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.entities import Batch, DecodeSet, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 
@@ -96,24 +96,21 @@ class ContinuousBatching:
 
     # -- admission ---------------------------------------------------------------------------
 
-    def can_admit(self, request: Request) -> bool:
-        """Whether the blocks of the whole prompt fit beside the watermark.
+    def reserve_prompt(self, request: Request) -> bool:
+        """Reserve the blocks of the whole prompt, if they fit beside the watermark.
 
         A restarted prompt may have grown into the watermark; alone on the replica it may use it,
         or it would wait for ever.
         """
         pool = self.pool
-        left = pool.num_free - pool.blocks_of(request.prefill_target)
-        if left >= pool.num_watermark_blocks:
-            return True
-        return request.num_restarts > 0 and pool.num_free == pool.num_blocks
-
-    def admit(self, num_tokens: int) -> PrefillChunk:
-        """Move the head of `waiting` into a batch with its first `num_tokens` tokens."""
-        request = self.waiting.popleft()
-        self.pool.reserve(self.pool.blocks_of(request.prefill_target))
+        num_blocks = -(-request.prefill_target // pool.block_size)
+        if pool.num_free - num_blocks < pool.num_watermark_blocks and not (
+            request.num_restarts > 0 and pool.num_free == pool.num_blocks
+        ):
+            return False
+        pool.reserve(num_blocks)
         self.num_running += 1
-        return request.schedule_chunk(num_tokens)
+        return True
 
     # -- decodes -----------------------------------------------------------------------------
 
@@ -128,29 +125,26 @@ class ContinuousBatching:
         prefills : list of Request
             The unfinished prefills met on the way, which are out of `running` too.
         """
-        if not self.running:
-            return None, []
-        num_decodes = num_blocks = num_prefills = 0
-        for entry in self.running:
-            if isinstance(entry, DecodeSet):
-                num_decodes += len(entry.members)
-                num_blocks += entry.num_blocks_needed
-            elif entry.is_prefill_complete:
-                num_decodes += 1
-                num_blocks += self._needs_block(entry)
-            else:
-                num_prefills += 1
+        decodes, prefills, ahead = self._gather()
+        if decodes is None:
+            return None, prefills
+        num_blocks = decodes.num_blocks_needed
         # An unfinished prefill behind the last decode of a full batch is not reached.
-        all_reached = num_decodes + (num_prefills > 0) <= self.max_batch_size
+        all_reached = len(decodes.members) + bool(prefills) <= self.max_batch_size
         if all_reached and self.pool.num_free > num_blocks:
             self.pool.reserve(num_blocks)
-            return self._gather()
-        return self._walk()
+            return decodes, prefills
+        queue = deque(_in_order(decodes, prefills, ahead))
+        return self._walk(decodes, queue)
 
-    def _gather(self) -> tuple[DecodeSet | None, list[Request]]:
-        """Empty `running`: its decodes as one set, in order, and its unfinished prefills."""
+    def _gather(self) -> tuple[DecodeSet | None, list[Request], list[int]]:
+        """Empty `running`: its decodes as one set, in order, and its unfinished prefills.
+
+        For each of the prefills also return how many decodes stood ahead of it.
+        """
         decodes: DecodeSet | None = None
         prefills: list[Request] = []
+        ahead: list[int] = []
         for entry in self.running:
             if isinstance(entry, DecodeSet):
                 if decodes is None:
@@ -163,13 +157,14 @@ class ContinuousBatching:
                 decodes.join(entry)
             else:
                 prefills.append(entry)
+                ahead.append(len(decodes.members) if decodes is not None else 0)
         self.running = []
-        return decodes, prefills
+        return decodes, prefills, ahead
 
-    def _walk(self) -> tuple[DecodeSet | None, list[Request]]:
+    def _walk(
+        self, decodes: DecodeSet, queue: deque[Request]
+    ) -> tuple[DecodeSet | None, list[Request]]:
         """As `take_decodes`, one request after the other: somebody may have to give way."""
-        queue: deque[Request] = deque(self._in_order())
-        decodes, _ = self._gather()
         prefills = []
         num_decodes = 0
         while queue and num_decodes < self.max_batch_size:
@@ -181,19 +176,9 @@ class ContinuousBatching:
                 num_decodes += 1
         for request in queue:
             if request.decode_set is not None:
-                request.decode_set.leave(request)
+                decodes.leave(request)
         self.running = list(queue)
         return (decodes if num_decodes else None), prefills
-
-    def _in_order(self) -> list[Request]:
-        """Return the requests in `running`, the members of its sets in their place."""
-        requests: list[Request] = []
-        for entry in self.running:
-            if isinstance(entry, DecodeSet):
-                requests.extend(entry.members)
-            else:
-                requests.append(entry)
-        return requests
 
     def _needs_block(self, request: Request) -> bool:
         """Whether the next step of a decoding request takes a block: its last one is full."""
@@ -238,25 +223,34 @@ class ContinuousBatching:
 
     def end(self, batch: Batch, now: float) -> Sequence[Request]:
         """Count the tokens, free the completed requests, put the others back into `running`."""
+        running = self.running
         completed: list[Request] = []
         if batch.decodes is not None:
             completed += batch.decodes.advance(now, batch.execution_time)
             if batch.decodes.members:
-                self.running.append(batch.decodes)
+                running.append(batch.decodes)
         for chunk in batch.prefills:
-            if chunk.is_current:
-                self._end_chunk(chunk, now, completed)
+            request = chunk.request
+            if chunk.num_restarts != request.num_restarts:
+                continue  # its memory was taken while it was in the pipeline
+            is_complete = request.end_chunk(chunk.num_tokens)
+            if request.is_prefill_complete:
+                if request.first_token_at is None:
+                    request.first_token_at = now
+                (completed if is_complete else running).append(request)
+            elif not self.resources.sequence_pipeline_parallel:
+                running.append(request)
         if completed:
             self.pool.free(sum(map(self._num_blocks_held, completed)))
             self.num_running -= len(completed)
         return completed
 
-    def _end_chunk(self, chunk: PrefillChunk, now: float, completed: list[Request]) -> None:
-        request = chunk.request
-        is_complete = request.end_chunk(chunk.num_tokens)
-        if request.is_prefill_complete and request.first_token_at is None:
-            request.first_token_at = now
-        if is_complete:
-            completed.append(request)
-        elif request.is_prefill_complete or not self.resources.sequence_pipeline_parallel:
-            self.running.append(request)
+
+def _in_order(
+    decodes: DecodeSet, prefills: Sequence[Request], ahead: Sequence[int]
+) -> list[Request]:
+    """Put prefills back among the decodes, each behind the number of decodes `ahead` of it."""
+    requests = list(decodes.members)
+    for request, position in zip(reversed(prefills), reversed(ahead), strict=True):
+        requests.insert(position, request)
+    return requests

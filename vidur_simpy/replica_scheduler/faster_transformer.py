@@ -52,6 +52,6 @@ class FasterTransformerScheduler(ReservingBatching):
         """Count the tokens; what is incomplete stays together behind the other batches."""
         others, self.running = self.running, []
         completed = super().end(batch, now)
-        decodes, _ = self._gather()
+        decodes, _, _ = self._gather()
         self.running = others if decodes is None else [*others, decodes]
         return completed

@@ -89,33 +89,21 @@ class LightLLMScheduler(ContinuousBatching):
         return self._decode()
 
     def _decode(self) -> Batch | None:
-        running = self._in_order()
-        while self.pool.num_free < len(running):
-            self.preempt(running.pop())
-        if not running:
-            self.running = []
+        decodes, _, _ = self._gather()
+        if decodes is None:
             return None
-        decodes, _ = self._gather()
-        assert decodes is not None
-        self.pool.reserve(len(running))
+        while self.pool.num_free < len(decodes.members):
+            self.preempt(next(reversed(decodes.members)))
+        if not decodes.members:
+            return None
+        self.pool.reserve(len(decodes.members))
         self.num_waiting_iterations += 1
         return Batch(decodes)
 
     def _admit_prompts(self) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         num_tokens = 0
-        # (tokens held now, tokens still to come) of everybody who would run.
-        futures = (
-            [
-                (
-                    request.num_processed_tokens,
-                    request.num_tokens - request.num_processed_tokens - 1,
-                )
-                for request in self._in_order()
-            ]
-            if self.waiting
-            else []
-        )
+        futures = self._futures() if self.waiting else []
         while self.waiting and self.num_running < self.max_num_seqs:
             request = self.waiting[0]
             target = request.prefill_target
@@ -128,8 +116,19 @@ class LightLLMScheduler(ContinuousBatching):
             is_empty = self.pool.num_free == self.pool.num_blocks
             if peak_tokens(futures) >= self.pool.num_blocks and not (alone and is_empty):
                 break
-            chunks.append(self.admit(target))
+            self.pool.reserve(target)
+            self.num_running += 1
+            chunks.append(self.waiting.popleft().schedule_chunk(target))
         return chunks
+
+    def _futures(self) -> list[tuple[int, int]]:
+        """Return tokens held now and tokens still to come, of everybody who runs."""
+        decodes, _, _ = self._gather()
+        if decodes is None:
+            return []
+        self.running.append(decodes)
+        held = [(request.num_processed_tokens, request) for request in decodes.members]
+        return [(tokens, request.num_tokens - tokens - 1) for tokens, request in held]
 
 
 def peak_tokens(futures: Iterable[tuple[int, int]]) -> int:

@@ -98,7 +98,7 @@ class OrcaScheduler(ReservingBatching):
         return Batch(decodes, chunks)
 
     def _take_decodes(self) -> DecodeSet | None:
-        decodes, _ = self._gather()
+        decodes, _, _ = self._gather()
         if decodes is not None and len(decodes.members) > self.max_batch_size:
             later = list(decodes.members)[self.max_batch_size :]
             for request in later:

@@ -75,7 +75,10 @@ class SarathiScheduler(ContinuousBatching):
             else:
                 skipped.append(request)
         if skipped or self.running:
-            self.running = [*sorted([*skipped, *self._in_order()], key=by_arrival)]
+            # What take_decodes left behind are single requests.
+            later = [*skipped, *(entry for entry in self.running if isinstance(entry, Request))]
+            later.sort(key=by_arrival)
+            self.running = list(later)
         return left
 
     def _admit_prompts(self, chunks: list[PrefillChunk], num_decodes: int, left: int) -> None:
@@ -86,8 +89,9 @@ class SarathiScheduler(ContinuousBatching):
             and left > 0
             and self.num_running != self.max_num_seqs
             and num_decodes + len(chunks) != self.max_batch_size
-            and self.can_admit(self.waiting[0])
+            and self.reserve_prompt(self.waiting[0])
         ):
-            num_tokens = min(self.waiting[0].prefill_target, left)
-            chunks.append(self.admit(num_tokens))
+            request = self.waiting.popleft()
+            num_tokens = min(request.prefill_target, left)
+            chunks.append(request.schedule_chunk(num_tokens))
             left -= num_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request, by_arrival
+from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.validation import configuration
@@ -81,16 +81,13 @@ class VllmScheduler(ContinuousBatching):
             alone = request.num_restarts > 0 and not chunks
             if num_tokens > self.max_num_batched_tokens and not alone:
                 break
-            if not self.can_admit(request):
+            if not self.reserve_prompt(request):
                 break
-            chunks.append(self.admit(request.prefill_target))
+            chunks.append(self.waiting.popleft().schedule_chunk(request.prefill_target))
         return chunks
 
-    def _gather(self) -> tuple[DecodeSet | None, list[Request]]:
-        decodes, prefills = super()._gather()
+    def _gather(self) -> tuple[DecodeSet | None, list[Request], list[int]]:
+        decodes, prefills, ahead = super()._gather()
         if decodes is not None:
             decodes.sort_by_arrival()
-        return decodes, prefills
-
-    def _in_order(self) -> list[Request]:
-        return sorted(super()._in_order(), key=by_arrival)
+        return decodes, prefills, ahead
