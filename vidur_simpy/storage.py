@@ -114,7 +114,7 @@ def write_result(
         If the directory holds something that is not a saved result, or cannot be written.
     """
     target = Path(directory)
-    stale = _files_to_replace(target)
+    stale = check_target(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
@@ -233,7 +233,7 @@ def _text(value: Any) -> str:
     return "" if pd.isna(value) else str(getattr(value, "name", value))
 
 
-def _files_to_replace(target: Path) -> set[str]:
+def check_target(target: Path) -> set[str]:
     """Return the files of the saved result that is there already."""
     if target.exists() and not target.is_dir():
         raise VidurError(f"cannot save the result in {str(target)!r}: it is a file.")
