@@ -310,7 +310,7 @@ class Simulation:
     def _replica_table(self) -> dict[str, list[Any]]:
         now = self.env.now
         deployment = self.cluster.deployment
-        peak = deployment.peak_flops * now
+        peak = deployment.peak_flops * deployment.num_devices * now
         rows = [
             {
                 "replica_id": replica.replica_id,

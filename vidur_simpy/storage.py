@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["Columns", "frame", "read_result", "write_result"]
+__all__ = ["Columns", "check_target", "frame", "read_result", "write_result"]
 
 Columns: TypeAlias = (
     "Mapping[str, Sequence[object] | NDArray[np.generic] | pd.Series[Any]] | pd.DataFrame"
