@@ -167,6 +167,7 @@ class Environment(simpy.Environment):
 
     def _tell(self, event: Event | None) -> None:
         if isinstance(event, TypedEvent):
+            event.signal.let_go(event)
             for listener in tuple(self._listeners.get(event.event_type, ())):
                 listener(event)
 
@@ -264,6 +265,8 @@ class Signal:
         "_awaited",
         "_handlers",
         "_ids",
+        "_last",
+        "_listeners",
         "_pending",
         "_priority",
         "_queue",
@@ -285,12 +288,14 @@ class Signal:
         self._handlers = () if handler is None else (handler,)
         self._priority, self._ids = env.key_of(event_type)
         self._queue: list[Any] = env._queue
+        self._listeners = env._listeners
         self._awaited: TypedEvent | None = None
         self._pending: deque[TypedEvent] = deque()
+        self._last: TypedEvent | None = None
 
     def at(self, time: float, value: Any = None) -> TypedEvent:
         """Return the event at exactly `time` in seconds."""
-        event = TypedEvent(self, value, [*self._handlers])
+        event = self._last = self._next_event(value)
         heappush(self._queue, (time, self._priority, next(self._ids), event))
         return event
 
@@ -298,7 +303,7 @@ class Signal:
         """Raise the event at the present instant, for the process that waits."""
         event = self._awaited
         if event is None:
-            event = TypedEvent(self, value, [])
+            event = self._next_event(value)
             self._pending.append(event)
         else:
             self._awaited = None
@@ -311,6 +316,21 @@ class Signal:
         while pending:
             event = pending.popleft()
             if event.callbacks is not None:
+                self._last = event
                 return event
-        self._awaited = event = TypedEvent(self, None, [])
+        self._awaited = self._last = event = self._next_event(None)
+        return event
+
+    def let_go(self, event: TypedEvent) -> None:
+        """Never use an event again: somebody may have kept it."""
+        if self._last is event:
+            self._last = None
+
+    def _next_event(self, value: Any) -> TypedEvent:
+        """Return a new event, or if nobody listens the last one again, once it was handled."""
+        event = self._last
+        if event is None or event.callbacks is not None or self._listeners:
+            return TypedEvent(self, value, [*self._handlers])
+        event.callbacks = [*self._handlers]
+        event._value = value
         return event
