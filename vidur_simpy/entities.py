@@ -9,6 +9,7 @@ request joins or leaves and costs nothing per token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.errors import ConfigError
@@ -54,7 +55,7 @@ class Request:
     Raises
     ------
     ConfigError
-        If a length is below one.
+        If a length is no whole number or below one.
     """
 
     __slots__ = (
@@ -98,16 +99,11 @@ class Request:
         session_id: Any = None,
         hash_ids: Sequence[int] | None = None,
     ) -> None:
-        if num_prefill_tokens < 1 or num_decode_tokens < 1:
-            raise ConfigError(
-                f"Request: num_prefill_tokens = {num_prefill_tokens} and num_decode_tokens = "
-                f"{num_decode_tokens}: expected at least 1 each."
-            )
         self.request_id = request_id
         self.arrived_at = arrived_at
-        self.num_prefill_tokens = num_prefill_tokens
-        self.num_decode_tokens = num_decode_tokens
-        self.num_tokens = num_prefill_tokens + num_decode_tokens
+        self.num_prefill_tokens = _num_tokens("num_prefill_tokens", num_prefill_tokens)
+        self.num_decode_tokens = _num_tokens("num_decode_tokens", num_decode_tokens)
+        self.num_tokens = self.num_prefill_tokens + self.num_decode_tokens
         self.priority = priority
         self.deadline = deadline
         self.session_id = session_id
@@ -119,7 +115,7 @@ class Request:
         self.refusal = ""
         self.done: simpy.Event | None = None
         self.num_restarts = 0
-        self.prefill_target = num_prefill_tokens
+        self.prefill_target = self.num_prefill_tokens
         self.num_scheduled_tokens = 0
         self.is_prefill_complete = False
         self.decode_set: DecodeSet | None = None
@@ -173,6 +169,17 @@ class Request:
         self.num_scheduled_tokens = 0
         self.is_prefill_complete = False
         self.num_restarts += 1
+
+
+def _num_tokens(name: str, given: int) -> int:
+    """Return a length as an int, if it is one."""
+    try:
+        num_tokens = index(given)
+    except TypeError:  # a text, a float, NaN
+        num_tokens = 0
+    if num_tokens < 1:
+        raise ConfigError(f"Request.{name} = {given!r}: expected a whole number, at least 1.")
+    return num_tokens
 
 
 class PrefillChunk:

@@ -77,4 +77,4 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> ConfigError:
     lowered = {candidate.lower(): candidate for candidate in names}
     nearest = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.5)
     hint = f" did you mean {lowered[nearest[0]]!r}?" if nearest else ""
-    return ConfigError(f"unknown {what} {name!r}:{hint} Known: {', '.join(names)}.")
+    return ConfigError(f"unknown {what} {name!r}:{hint} Known: {', '.join(names) or 'none'}.")

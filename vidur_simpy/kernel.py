@@ -13,13 +13,15 @@ from collections.abc import Callable
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
 from itertools import count
+from math import inf
+from numbers import Real
 from typing import Any, Literal
 
 import simpy
 from simpy.core import BoundClass, StopSimulation
 from simpy.events import NORMAL, URGENT, Event, EventPriority
 
-from vidur_simpy.errors import SimulationError, unknown_name
+from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 
 __all__ = ["Environment", "EventOrder", "EventType", "Signal", "TypedEvent"]
 
@@ -156,6 +158,8 @@ class Environment(simpy.Environment):
 
     def subscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
         """Call `listener(event)` each time an event of this type has been handled."""
+        if event_type not in EventType:
+            raise unknown_name("event_type", event_type, EventType.__members__)
         self._listeners.setdefault(EventType(event_type), []).append(listener)
 
     def unsubscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
@@ -191,15 +195,15 @@ class Environment(simpy.Environment):
 
         Raises
         ------
-        ValueError
-            If `until` is an instant that is not after the present.
+        ConfigError
+            If `until` is neither an event nor an instant after the present.
         SimulationError
             If `until` is an event and nothing is left that could make it happen.
         """
         if until is None:
             self._handle_events()
             return None
-        stop = until if isinstance(until, Event) else self._stop_at(float(until))
+        stop = until if isinstance(until, Event) else self._stop_at(until)
         if stop.callbacks is None:
             return stop.value
         stop.callbacks.append(StopSimulation.callback)
@@ -207,16 +211,29 @@ class Environment(simpy.Environment):
             self._handle_events()
         except StopSimulation as stopped:
             return stopped.args[0]
+        finally:
+            # A run that was cut short must not stop a later one.
+            if stop.callbacks and StopSimulation.callback in stop.callbacks:
+                stop.callbacks.remove(StopSimulation.callback)
+            if stop is not until:
+                self.cancel(stop)
         raise SimulationError(f"nothing is left to happen, and {until} did not.")
 
     def _stop_at(self, instant: float) -> Event:
         """Return an event at exactly this instant, before all others."""
-        if not instant > self._now:
-            raise ValueError(f"until ({instant}) must be after the present, {self._now} s")
+        if not (isinstance(instant, Real) and self._now < instant < inf):
+            raise ConfigError(
+                f"until = {instant!r}: expected an event, or an instant in seconds after the "
+                f"present, {self._now} s."
+            )
         stop = Event(self)
         stop._ok, stop._value = True, None
-        heappush(self._queue, (instant, EventPriority(URGENT - 3), next(self._eid), stop))
+        self._put_first(float(instant), stop)
         return stop
+
+    def _put_first(self, instant: float, event: Event) -> None:
+        """Queue an event before all others of its instant; it takes no serial number."""
+        heappush(self._queue, (instant, EventPriority(URGENT - 3), -1, event))
 
     def _handle_events(self) -> None:
         """Handle events until none is left: SimPy's `step` in a loop, without a call for each."""
@@ -230,7 +247,7 @@ class Environment(simpy.Environment):
             except StopSimulation:
                 # Whoever waits for the event as well is told when the simulation goes on.
                 event.callbacks = callbacks[callbacks.index(callback) + 1 :]
-                self.schedule(event, EventPriority(-1))
+                self._put_first(self._now, event)
                 raise
             if not event._ok and not hasattr(event, "_defused"):
                 raise event._value

@@ -342,6 +342,10 @@ def _make_logarithmic(ax: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_xscale("log")
+    drawn = np.concatenate([np.asarray(line.get_xdata(), float) for line in ax.lines])
+    positive = drawn[drawn > 0]
+    # A curve drawn before may have set the left end to 0, which has no place on this axis.
+    ax.set_xlim(positive.min() / 1.1, positive.max() * 1.1)
     low, high = ax.get_xlim()
     subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
     ax.xaxis.set_major_locator(LogLocator(subs=subs))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from math import isfinite
+from math import inf
+from numbers import Real
 from typing import Any
 
 import simpy
@@ -96,6 +97,10 @@ class Router:
             affected: dict[int, Replica] = {}
             for request in requests:
                 replica = self._route(request, self.replicas)
+                if not isinstance(replica, Replica):
+                    raise SimulationError(
+                        f"the router gave {replica!r} for {request}: expected one of the replicas."
+                    )
                 replica.add(request)
                 affected[replica.replica_id] = replica
             for replica_id in sorted(affected):
@@ -319,24 +324,30 @@ class Stage(simpy.Resource):
             batch = self.queue.popleft()
             self.users.append(batch)
             duration = self._start(batch)
-            end = self.end.at(env._now + duration, batch)
+            ends_at = env._now + duration
+            end = self.end.at(ends_at, batch)
             while True:
                 try:
                     yield end
                     break
                 except simpy.Interrupt as interrupt:
-                    left = batch.stage_started_at + duration - env.now
+                    paused_at = env.now
                     env.cancel(end)
                     yield from _pause(env, interrupt)
-                    duration = env.now - batch.stage_started_at + left
-                    end = self.end.at(env.now + left, batch)
+                    ends_at = max(env.now, ends_at + (env.now - paused_at))
+                    duration += env.now - paused_at
+                    end = self.end.at(ends_at, batch)
             self._end(batch, duration)
 
     def _start(self, batch: Batch) -> float:
         """Begin a batch; return how long the stage takes, in seconds."""
         now = self.env._now
         duration = self._stage_time(batch, self.stage_id)
-        if not (duration >= 0.0 and isfinite(duration)):
+        try:
+            is_valid = 0.0 <= duration < inf
+        except (TypeError, ValueError):  # not a number at all
+            is_valid = False
+        if not is_valid:
             raise SimulationError(
                 f"the execution time of {batch} on stage {self.stage_id} is {duration!r} s: "
                 f"expected a finite number >= 0."
@@ -385,8 +396,8 @@ def _end_of_pause(env: Environment, interrupt: simpy.Interrupt) -> Event:
     cause = interrupt.cause
     if isinstance(cause, Event):
         return cause
-    if isinstance(cause, (int, float)) and cause >= 0:
-        return env.timeout(cause)
+    if isinstance(cause, Real) and 0 <= cause < inf:
+        return env.timeout(float(cause))
     raise SimulationError(
         f"interrupted with {cause!r}: expected the length of the pause in seconds, or an event "
         f"that ends it."

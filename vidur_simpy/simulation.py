@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -346,7 +347,10 @@ class Simulation:
         return dict(zip(names, columns, strict=True))
 
     def _progress_bar(self) -> Any:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            # Without ipywidgets a notebook gets the bar as text, which needs no warning.
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
 
         shown = self._progress
         if shown is None:

@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from vidur_simpy.errors import ConfigError, unknown_name
+from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 
 __all__ = ["configuration", "field_names", "readable"]
 
@@ -71,7 +71,7 @@ def field_names(cls: type) -> list[str]:
     return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
 
 
-def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> ConfigError:
+def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> VidurError:
     """Turn pydantic's report into one sentence about its first finding."""
     findings = error.errors(include_url=False)
     # A misspelt field is missing, too; its misspelling is what to tell.
@@ -89,7 +89,7 @@ def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> C
         return ConfigError(f"{where} takes at most {len(known)} values: {', '.join(known)}.")
     if kind == "value_error":
         cause = first["ctx"]["error"]
-        return cause if isinstance(cause, ConfigError) else ConfigError(str(cause))
+        return cause if isinstance(cause, VidurError) else ConfigError(str(cause))
     expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     path = f"{where}.{place}" if place else where
     return ConfigError(f"{path} = {first['input']!r}: expected {expected}.")

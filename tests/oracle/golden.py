@@ -29,9 +29,9 @@ class Expected:
 
 
 def golden_root() -> Path | None:
-    """The folder of the golden cases: in the repository, else beside it, else None."""
+    """The folder of all golden cases beside the repository, else of those in it, else None."""
     shared = Path(os.environ.get("VIDUR_SHARED", REPOSITORY.parent / "shared"))
-    for folder in (REPOSITORY / "tests" / "golden" / "vidur", shared / "golden" / "vidur"):
+    for folder in (shared / "golden" / "vidur", REPOSITORY / "tests" / "golden" / "vidur"):
         if folder.is_dir():
             return folder
     return None
