@@ -23,7 +23,8 @@ from vidur_simpy.execution_time import (
     RooflineFactors,
     stage_time_of,
 )
-from vidur_simpy.hardware import Deployment, Device, Model, device_names, model_names
+from vidur_simpy.deployment import Deployment
+from vidur_simpy.hardware import Device, Model, device_names, model_names
 
 SHARED = Path(
     os.environ.get("VIDUR_SHARED") or Path(__file__).resolve().parents[1].parent / "shared"

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vidur_simpy.deployment import Deployment
 from vidur_simpy.errors import CapacityError, ConfigError
-from vidur_simpy.hardware import GIB, Deployment, Device, Model, device_names, model_names
+from vidur_simpy.hardware import GIB, Device, Model, device_names, model_names
 
 SHARED = Path(
     os.environ.get("VIDUR_SHARED") or Path(__file__).resolve().parents[1].parent / "shared"

@@ -37,7 +37,8 @@ _SHELF = {
         "RandomRouting",
         "RoundRobin",
     ],
-    "hardware": ["Deployment", "Device", "Model"],
+    "deployment": ["Deployment"],
+    "hardware": ["Device", "Model"],
     "kernel": ["Environment", "EventType"],
     "kv_cache": ["KVCache"],
     "replica_scheduler": [
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from vidur_simpy.cluster import Cluster
     from vidur_simpy.columns import COLUMNS
     from vidur_simpy.config import dump_config, load_config
+    from vidur_simpy.deployment import Deployment
     from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
     from vidur_simpy.errors import (
         CapacityError,
@@ -143,7 +145,7 @@ if TYPE_CHECKING:
         RandomRouting,
         RoundRobin,
     )
-    from vidur_simpy.hardware import Deployment, Device, Model
+    from vidur_simpy.hardware import Device, Model
     from vidur_simpy.kernel import Environment, EventType
     from vidur_simpy.kv_cache import KVCache
     from vidur_simpy.replica_scheduler import (

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
 
+from vidur_simpy.deployment import Deployment
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.execution_time import EXECUTION_TIMES, Roofline, StageTime, stage_time_of
 from vidur_simpy.global_scheduler import GLOBAL_SCHEDULERS, RoundRobin
-from vidur_simpy.hardware import Deployment, Device, Model
+from vidur_simpy.hardware import Device, Model
 from vidur_simpy.kv_cache import BlockPool, KVCache
 from vidur_simpy.replica_scheduler import (
     REPLICA_SCHEDULERS,
@@ -21,6 +22,17 @@ from vidur_simpy.replica_scheduler import (
 from vidur_simpy.validation import configuration
 
 __all__ = ["Cluster"]
+
+# What a ReplicaScheduler has to have.
+SCHEDULER_METHODS = (
+    "num_waiting",
+    "num_running",
+    "refusal",
+    "add",
+    "schedule",
+    "end_first_stage",
+    "end",
+)
 
 
 @configuration
@@ -87,18 +99,15 @@ Known: faster_transformer, lightllm, orca, sarathi, vllm.
             ("execution_time", EXECUTION_TIMES, "for_replica"),
         ):
             policy = named(field, getattr(self, field), table)
-            if not hasattr(policy, method) and not callable(policy):
+            is_class_of_policies = isinstance(policy, type) and hasattr(policy, method)
+            if is_class_of_policies or not (hasattr(policy, method) or callable(policy)):
+                hint = f"; write {policy.__name__}(...)" if is_class_of_policies else ""
                 raise ConfigError(
                     f"Cluster.{field} = {policy!r}: expected a name, a callable or an object with "
-                    f"a method {method!r}."
+                    f"a method {method!r}{hint}."
                 )
             object.__setattr__(self, field, policy)
-        deployment = Deployment(
-            model=_model(self.model),
-            device=_device(self.device),
-            tensor_parallel_size=self.tensor_parallel_size,
-            pipeline_parallel_size=self.pipeline_parallel_size,
-        )
+        deployment = self._deployment()
         max_model_len = self.max_model_len or deployment.model.max_position
         num_blocks = self.kv_cache.num_blocks
         if num_blocks is None:
@@ -108,7 +117,19 @@ Known: faster_transformer, lightllm, orca, sarathi, vllm.
                 max_model_len=max_model_len,
             )
         object.__setattr__(self, "_plan", (deployment, max_model_len, num_blocks))
-        self.make_scheduler(self.make_pool())
+        self.make_scheduler(self.make_pool(), self.stage_time())
+
+    def _deployment(self) -> Deployment:
+        try:
+            return Deployment(
+                model=_model(self.model),
+                device=_device(self.device),
+                tensor_parallel_size=self.tensor_parallel_size,
+                pipeline_parallel_size=self.pipeline_parallel_size,
+            )
+        except ConfigError as error:
+            # Those are settings of the cluster; nobody wrote a deployment.
+            raise ConfigError(str(error).replace("Deployment.", "Cluster.", 1)) from None
 
     @property
     def deployment(self) -> Deployment:
@@ -151,6 +172,12 @@ Known: faster_transformer, lightllm, orca, sarathi, vllm.
         )
         make = getattr(self.replica_scheduler, "for_replica", self.replica_scheduler)
         scheduler: ReplicaScheduler = make(resources)
+        for name in SCHEDULER_METHODS:
+            if not hasattr(scheduler, name):
+                raise ConfigError(
+                    f"Cluster.replica_scheduler gave {scheduler!r}, which has no {name!r}: "
+                    f"expected {', '.join(SCHEDULER_METHODS)}."
+                )
         return scheduler
 
 
@@ -169,7 +196,7 @@ def _model(model: str | Mapping[str, Any] | Model) -> Model:
         return model
     if isinstance(model, Mapping):
         huggingface = "model_type" in model or "num_hidden_layers" in model
-        return Model.from_huggingface(model) if huggingface else Model(**model)
+        return Model.from_huggingface(model) if huggingface else Model(**_by_name(model))
     if str(model).endswith(".json"):
         return Model.from_huggingface(model)
     return Model.from_name(model)
@@ -179,4 +206,9 @@ def _device(device: str | Mapping[str, Any] | Device) -> Device:
     """Return the device that a name or our own fields describe."""
     if isinstance(device, Device):
         return device
-    return Device(**device) if isinstance(device, Mapping) else Device.from_name(device)
+    return Device(**_by_name(device)) if isinstance(device, Mapping) else Device.from_name(device)
+
+
+def _by_name(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return keyword arguments; YAML also knows keys that are no names."""
+    return {str(name): value for name, value in fields.items()}

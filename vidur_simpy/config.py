@@ -7,8 +7,10 @@ class; the classes check the values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 
 from vidur_simpy.cluster import Cluster
 from vidur_simpy.errors import CapacityError, ConfigError, TraceError, VidurError, unknown_name
-from vidur_simpy.execution_time import EXECUTION_TIMES
+from vidur_simpy.execution_time import EXECUTION_TIMES, RooflineFactors
 from vidur_simpy.global_scheduler import GLOBAL_SCHEDULERS
 from vidur_simpy.kv_cache import KVCache
 from vidur_simpy.replica_scheduler import REPLICA_SCHEDULERS
@@ -34,6 +36,12 @@ TABLES: dict[str, Mapping[str, type]] = {
     "arrivals": ARRIVALS,
     "lengths": LENGTHS,
 }
+
+# key of a mapping -> the one class it stands for
+PARTS: dict[str, type] = {"kv_cache": KVCache, "factors": RooflineFactors}
+
+# The type of an object of the user's own, which no name stands for.
+PYTHON = "python"
 
 TOP_LEVEL = ("cluster", "workload", "seed", "event_order", "until", "record")
 
@@ -79,14 +87,35 @@ def load_config(
         raise type(error)(f"{place}{error}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 2e-5 as the number that it is, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} is given twice", node.start_mark
+            )
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         found = f" In {path.parent}: {', '.join(file.name for file in near)}." if near else ""
         raise ConfigError(f"{path}: no such configuration file.{found}")
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(TOP_LEVEL)}.")
@@ -98,7 +127,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r}: expected key=value, as in cluster.num_replicas=8.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value.") from None
     *parents, last = key.split(".")
@@ -120,10 +149,14 @@ def _arguments(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for key in mapping:
         if key not in TOP_LEVEL:
             raise unknown_name("key", key, TOP_LEVEL)
-    arguments = {key: value for key, value in mapping.items() if key not in ("cluster", "workload")}
-    arguments["cluster"] = _build(Cluster, mapping.get("cluster") or {}, "cluster", folder)
-    if "workload" in mapping:
-        arguments["workload"] = _value("workload", mapping["workload"], "workload", folder)
+    # A key without a value is a key that is not there.
+    arguments = {key: value for key, value in mapping.items() if value is not None}
+    arguments["cluster"] = _build(Cluster, arguments.get("cluster", {}), "cluster", folder)
+    if "workload" in arguments:
+        arguments["workload"] = _value("workload", arguments["workload"], "workload", folder)
+    until = arguments.get("until", 1.0)
+    if not (isinstance(until, (int, float)) and 0 < until < inf):
+        raise ConfigError(f"until = {until!r}: expected an instant in seconds, after 0.")
     return arguments
 
 
@@ -134,11 +167,18 @@ def _value(key: str, value: Any, place: str, folder: Path) -> Any:
     if key in TABLES and isinstance(value, Mapping):
         settings = dict(value)
         name = settings.pop("type", None)
-        if name not in TABLES[key]:
+        if name is None:
+            raise ConfigError(f"{place} needs a type, one of {', '.join(TABLES[key])}.")
+        if name == PYTHON:
+            raise ConfigError(
+                f"{place} was the Python object {settings.get('object')}, which a file cannot "
+                f"hold: pass it to simulate()."
+            )
+        if not isinstance(name, str) or name not in TABLES[key]:
             raise unknown_name(f"{place}.type", name, TABLES[key])
         return _build(TABLES[key][name], settings, place, folder)
-    if key == "kv_cache" and isinstance(value, Mapping):
-        return _build(KVCache, value, place, folder)
+    if key in PARTS and isinstance(value, Mapping):
+        return _build(PARTS[key], value, place, folder)
     if key == "path" or (key == "model" and str(value).endswith(".json")):
         return _found(value, folder)
     return value
@@ -150,12 +190,12 @@ def _build(cls: type, settings: Any, place: str, folder: Path) -> Any:
     known = field_names(cls)
     for key in settings:
         if key not in known:
-            raise unknown_name(f"key {place}", key, known)
+            raise unknown_name(f"{place} key", key, known)
     values = {key: _value(key, value, f"{place}.{key}", folder) for key, value in settings.items()}
     try:
         return cls(**values)
     except (ConfigError, CapacityError, TraceError) as error:
-        message = str(error).replace(f"{cls.__name__}.", f"{place}.", 1)
+        message = str(error).replace(f"{cls.__name__}.", f"{place}.")
         message = message if place in message else f"{place}: {message}"
         raise type(error)(message) from None
 
@@ -188,7 +228,7 @@ def _plain(key: str, value: Any) -> Any:
         for name, cls in TABLES[key].items():
             if type(value) is cls:
                 return {"type": name, **_settings(value)}
-        return {"type": "python", "object": getattr(value, "__qualname__", repr(value))}
+        return {"type": PYTHON, "object": getattr(value, "__qualname__", repr(value))}
     if is_dataclass(value) and not isinstance(value, type):
         return _settings(value)
     if isinstance(value, Mapping):

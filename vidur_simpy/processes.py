@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from math import inf
-from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 import simpy
 from simpy.events import Event
@@ -396,7 +395,7 @@ def _end_of_pause(env: Environment, interrupt: simpy.Interrupt) -> Event:
     cause = interrupt.cause
     if isinstance(cause, Event):
         return cause
-    if isinstance(cause, Real) and 0 <= cause < inf:
+    if isinstance(cause, SupportsFloat) and 0 <= float(cause) < inf:
         return env.timeout(float(cause))
     raise SimulationError(
         f"interrupted with {cause!r}: expected the length of the pause in seconds, or an event "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Container, Iterator
+from math import inf
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 import simpy
@@ -87,6 +88,10 @@ class Simulation:
         record: Collection[str] = (),
         progress: bool | None = None,
     ) -> None:
+        if not isinstance(cluster, Cluster):
+            raise ConfigError(f"cluster = {cluster!r}: expected a Cluster.")
+        if workload is not None and not hasattr(workload, "requests"):
+            raise ConfigError(f"workload = {workload!r}: expected a Workload, a Trace or None.")
         self.cluster = cluster
         self.workload = workload
         self.seed = _checked_seed(seed)
@@ -99,6 +104,9 @@ class Simulation:
         self._request_log = RequestLog()
         self._live: dict[int, Request] = {}
         self._next_id = 0
+        self._workload_ids: Container[int] = ()
+        self._submitted_ids: set[int] = set()
+        self._until: float | None = None
         self.replicas = self._make_replicas()
         self.router = self._make_router()
         self._progress = progress
@@ -143,10 +151,12 @@ class Simulation:
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
         self.num_expected = len(table)
-        if len(table):
-            self._next_id = 1 + (
-                len(table) - 1 if table.request_id is None else int(table.request_id.max())
-            )
+        if table.request_id is None:
+            self._workload_ids = range(len(table))
+            self._next_id = len(table)
+        elif len(table):
+            self._workload_ids = set(table.request_id.tolist())
+            self._next_id = 1 + max(self._workload_ids)
         self.env.process(arrivals(self.env, self._arriving(table), self.router))
 
     def _arriving(self, table: RequestArrays) -> Iterator[Request]:
@@ -203,25 +213,41 @@ class Simulation:
         ConfigError
             If it was submitted before, or should have arrived in the past.
         """
-        now = self.env.now
+        if not isinstance(request, Request):
+            raise ConfigError(f"submit({request!r}): expected a Request.")
         if request.done is not None or request.replica_id is not None:
             raise ConfigError(f"{request} was submitted before; expected a new request.")
-        if request.arrived_at is None:
-            request.arrived_at = now
-        elif request.arrived_at < now:
-            raise ConfigError(
-                f"Request.arrived_at = {request.arrived_at} s: expected now ({now} s) or later."
-            )
-        if request.request_id is None:
-            request.request_id = self._next_id
-        elif request.request_id in self._live:
-            raise ConfigError(f"Request.request_id = {request.request_id} is taken.")
-        self._next_id = max(self._next_id, request.request_id + 1)
-        self._live[request.request_id] = request
+        arrived_at = request.arrived_at = self._checked_arrival(request.arrived_at)
+        request_id = request.request_id = self._checked_id(request.request_id)
+        self._next_id = max(self._next_id, request_id + 1)
+        self._submitted_ids.add(request_id)
+        self._live[request_id] = request
         request.done = self.env.event()
-        arrival = self.env.at(request.arrived_at, EventType.REQUEST_ARRIVAL, request)
+        arrival = self.env.at(arrived_at, EventType.REQUEST_ARRIVAL, request)
         arrival.callbacks.append(lambda event: self.router.receive(request))
         return request.done
+
+    def _checked_arrival(self, arrived_at: float | None) -> float:
+        now = self.env.now
+        if arrived_at is None:
+            return now
+        if not (isinstance(arrived_at, SupportsFloat) and now <= float(arrived_at) < inf):
+            raise ConfigError(
+                f"Request.arrived_at = {arrived_at!r} s: expected now ({now} s) or later."
+            )
+        return float(arrived_at)
+
+    def _checked_id(self, request_id: int | None) -> int:
+        if request_id is None:
+            return self._next_id
+        if not (isinstance(request_id, SupportsIndex) and int(request_id) >= 0):
+            raise ConfigError(f"Request.request_id = {request_id!r}: expected an integer >= 0.")
+        if request_id in self._workload_ids or request_id in self._submitted_ids:
+            raise ConfigError(
+                f"Request.request_id = {request_id} is taken; leave it out, or use "
+                f"{self._next_id} or more."
+            )
+        return int(request_id)
 
     def next(self, event_type: EventType) -> simpy.Event:
         """Return a SimPy event that happens right after the next event of this type.
@@ -255,13 +281,18 @@ class Simulation:
         Raises
         ------
         SimulationError
-            If nothing can happen any more while requests wait. Its `result` keeps what was
-            computed.
+            If nothing can happen any more while requests wait, or a policy or an execution-time
+            model gives what cannot be. Its `result` keeps what was computed.
         """
-        with self._progress_bar():
-            value = self.env.run(until)
-        if until is None and self._live:
-            raise SimulationError(self._stuck(), self.result())
+        try:
+            with self._progress_bar():
+                value = self.env.run(until)
+            if until is None and self._live:
+                raise SimulationError(self._stuck())
+        except SimulationError as error:
+            error.result = self.result()
+            raise
+        self._until = None if until is None else self.env.now
         return value
 
     def _stuck(self) -> str:
@@ -286,6 +317,8 @@ class Simulation:
             workload=self.workload,
             seed=self.seed,
             event_order=self.env.event_order,
+            until=self._until,
+            record=list(self._logs) or None,
         )
         return Result(
             tables,
@@ -411,23 +444,27 @@ def simulate(
 
 
 def _plain(value: Any) -> Any:
-    """Return a numpy scalar as the Python value it stands for; NaN stands for None."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if value != value else value
+    """Return a cell of a column as a Python value; NaN and the empty text stand for None."""
+    if not isinstance(value, np.generic):
+        return value
+    value = value.item()
+    return None if value == "" or value != value else value
 
 
 def _checked_seed(seed: int) -> int:
-    if isinstance(seed, (bool, float, str)) or int(seed) < 0:
+    if isinstance(seed, bool) or not (isinstance(seed, SupportsIndex) and int(seed) >= 0):
         raise ConfigError(f"seed = {seed!r}: expected an integer >= 0.")
     return int(seed)
 
 
 def _checked_record(record: Collection[str]) -> list[str]:
+    if not isinstance(record, Collection):
+        raise ConfigError(f"record = {record!r}: expected some of {', '.join(RECORDS)}.")
     names = [record] if isinstance(record, str) else list(record)
     for name in names:
         if name not in RECORDS:
             raise unknown_name("record", name, RECORDS)
-    return names
+    return [name for name in RECORDS if name in names]
 
 
 def _version() -> str:

@@ -15,8 +15,8 @@ from vidur_simpy.execution_time.linear import Linear
 from vidur_simpy.execution_time.roofline import Roofline, RooflineFactors
 
 if TYPE_CHECKING:
+    from vidur_simpy.deployment import Deployment
     from vidur_simpy.entities import PrefillChunk
-    from vidur_simpy.hardware import Deployment
 
 __all__ = [
     "EXECUTION_TIMES",
@@ -86,7 +86,8 @@ def stage_time_of(
 
     Examples
     --------
-    >>> from vidur_simpy.hardware import Deployment, Device, Model
+    >>> from vidur_simpy.deployment import Deployment
+    >>> from vidur_simpy.hardware import Device, Model
     >>> deployment = Deployment(Model.from_name("llama-3.1-8b"), Device.from_name("h100"))
     >>> stage_time = stage_time_of(lambda batch: 0.25, deployment)
     >>> stage_time(None, 0)

@@ -9,8 +9,8 @@ from pydantic import Field
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
+    from vidur_simpy.deployment import Deployment
     from vidur_simpy.execution_time import BatchCounts, StageTime
-    from vidur_simpy.hardware import Deployment
 
 __all__ = ["Linear"]
 

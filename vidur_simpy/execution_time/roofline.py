@@ -16,9 +16,10 @@ from vidur_simpy.validation import configuration
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vidur_simpy.deployment import Deployment
     from vidur_simpy.entities import PrefillChunk
     from vidur_simpy.execution_time import BatchCounts
-    from vidur_simpy.hardware import Deployment, Device
+    from vidur_simpy.hardware import Device
 
 __all__ = ["Roofline", "RooflineFactors", "RooflineStageTime"]
 
