@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vidur_simpy.errors import SimulationError, VidurError
+from vidur_simpy.errors import ConfigError, SimulationError, VidurError
 
 __all__ = ["main"]
 
@@ -46,16 +47,11 @@ def commands() -> None:
 )
 def run(config: str, overrides: Sequence[str], record: Sequence[str], out: Path | None) -> None:
     """Run CONFIG and print the summary."""
-    from vidur_simpy import Simulation, load_config
+    from vidur_simpy import Simulation
     from vidur_simpy.storage import check_target
 
-    arguments = load_config(config, overrides)
-    arguments["record"] = {*_names(arguments.get("record", ())), *record}
-    until = arguments.pop("until", None)
-    if "workload" not in arguments:
-        from vidur_simpy.errors import ConfigError
-
-        raise ConfigError(f"{config}: needs a workload.")
+    arguments, until = _arguments(config, overrides)
+    arguments["record"] = [*_names(arguments.get("record", ())), *record]
     if out is not None:
         check_target(out)
     simulation = Simulation(**arguments)
@@ -71,10 +67,9 @@ def run(config: str, overrides: Sequence[str], record: Sequence[str], out: Path 
 @set_option
 def check(config: str, overrides: Sequence[str]) -> None:
     """Read CONFIG and its trace, plan the memory, and say what would run."""
-    from vidur_simpy import Simulation, load_config
+    from vidur_simpy import Simulation
 
-    arguments = load_config(config, overrides)
-    arguments.pop("until", None)
+    arguments, _ = _arguments(config, overrides)
     simulation = Simulation(**arguments)
     cluster = simulation.cluster
     click.echo(
@@ -85,8 +80,19 @@ def check(config: str, overrides: Sequence[str]) -> None:
     )
 
 
-def _names(record: Any) -> list[str]:
-    return [record] if isinstance(record, str) else list(record)
+def _arguments(config: str, overrides: Sequence[str]) -> tuple[dict[str, Any], float | None]:
+    """Return what a Simulation takes, and until when it runs."""
+    from vidur_simpy import load_config
+
+    arguments = load_config(config, overrides)
+    if "workload" not in arguments:
+        raise ConfigError(f"{config} needs a workload, as in workload: {{type: trace, path: ...}}.")
+    return arguments, arguments.pop("until", None)
+
+
+def _names(record: Any) -> list[Any]:
+    is_several = isinstance(record, Collection) and not isinstance(record, str)
+    return list(record) if is_several else [record]
 
 
 def _show(result: Any, out: Path | None) -> None:
@@ -101,12 +107,19 @@ def _show(result: Any, out: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 0, 1 (the run failed) or 2 (bad usage or configuration)."""
-    try:
-        commands.main(args=arguments, prog_name="vidur-simpy", standalone_mode=True)
-    except SimulationError as error:
-        _fail(error, 1)
-    except VidurError as error:
-        _fail(error, 2)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            commands.main(args=arguments, prog_name="vidur-simpy", standalone_mode=True)
+        except SimulationError as error:
+            _fail(error, 1)
+        except VidurError as error:
+            _fail(error, 2)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning without the line of code that gave it."""
+    click.echo(f"Warning: {message}", err=True)
 
 
 def _fail(error: Exception, code: int) -> None:

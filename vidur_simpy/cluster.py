@@ -19,6 +19,7 @@ from vidur_simpy.replica_scheduler import (
     ReplicaScheduler,
     Sarathi,
 )
+from vidur_simpy.replica_scheduler.kv_parallel import slowest_group
 from vidur_simpy.validation import configuration
 
 __all__ = ["Cluster"]
@@ -72,12 +73,12 @@ class Cluster:
     --------
     >>> cluster = Cluster(model="llama-3.1-8b", device="h100-80gb-sxm", num_replicas=4)
     >>> cluster.replica_scheduler
-    Sarathi(max_num_seqs=128, chunk_size=512)
+    Sarathi(max_num_seqs=128, chunk_size=512, ordering='fcfs')
     >>> Cluster(replica_scheduler="sarthi")
     Traceback (most recent call last):
     ...
     vidur_simpy.errors.ConfigError: unknown replica_scheduler 'sarthi': did you mean 'sarathi'? \
-Known: faster_transformer, lightllm, orca, sarathi, vllm.
+Known: faster_transformer, lightllm, mnemosyne, orca, sarathi, vllm.
     """
 
     model: Annotated[str | Mapping[str, Any] | Model, SkipValidation] = "llama-3.1-8b"
@@ -153,7 +154,10 @@ Known: faster_transformer, lightllm, orca, sarathi, vllm.
 
     def stage_time(self) -> StageTime:
         """Make the function that gives the seconds of a batch on a stage."""
-        return stage_time_of(self.execution_time, self.deployment)
+        stage_time = stage_time_of(self.execution_time, self.deployment)
+        if getattr(self.replica_scheduler, "kv_parallel_size", 1) > 1:
+            return slowest_group(stage_time)
+        return stage_time
 
     def make_pool(self) -> BlockPool:
         """Make the KV-cache blocks of one replica."""

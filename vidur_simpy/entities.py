@@ -35,6 +35,8 @@ class Request:
         Given by the simulation if it has none.
     priority, deadline, session_id, hash_ids : optional
         Carried along for the policies that look at them.
+    hash_block_size : int
+        Prompt tokens behind one of the `hash_ids`.
 
     Attributes
     ----------
@@ -46,7 +48,11 @@ class Request:
         Tokens the present prefill has to compute: the prompt, and after a restart also the
         output that was lost.
     num_scheduled_tokens : int
-        Tokens of the present prefill that were given to a batch.
+        Tokens of the present prefill that were given to a batch or found in the prefix cache.
+    num_cached_tokens : int or None
+        Tokens found in the prefix cache when it was first admitted, where there is one.
+    deadline_time : float or None
+        Seconds from arrival to deadline, where the replica scheduler set the deadline.
     refusal : str
         Why the request was refused at arrival; empty if it was not.
     done : simpy.Event or None
@@ -55,7 +61,7 @@ class Request:
     Raises
     ------
     ConfigError
-        If a length is no whole number or below one.
+        If a length is no whole number or below one, or `hash_ids` do not fit the prompt.
     """
 
     __slots__ = (
@@ -65,13 +71,16 @@ class Request:
         "arrived_at",
         "completed_at",
         "deadline",
+        "deadline_time",
         "decode_set",
         "done",
         "execution_time",
         "first_token_at",
+        "hash_block_size",
         "hash_ids",
         "is_prefill_complete",
         "last_stage_end",
+        "num_cached_tokens",
         "num_decode_tokens",
         "num_prefill_tokens",
         "num_restarts",
@@ -98,6 +107,7 @@ class Request:
         deadline: float | None = None,
         session_id: Any = None,
         hash_ids: Sequence[int] | None = None,
+        hash_block_size: int = 512,
     ) -> None:
         self.request_id = request_id
         self.arrived_at = arrived_at
@@ -106,8 +116,12 @@ class Request:
         self.num_tokens = self.num_prefill_tokens + self.num_decode_tokens
         self.priority = priority
         self.deadline = deadline
+        self.deadline_time: float | None = None
         self.session_id = session_id
         self.hash_ids = hash_ids
+        self.hash_block_size = _num_tokens("hash_block_size", hash_block_size)
+        if hash_ids is not None:
+            self._check_hash_ids()
         self.replica_id: int | None = None
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
@@ -117,8 +131,9 @@ class Request:
         self.num_restarts = 0
         self.prefill_target = self.num_prefill_tokens
         self.num_scheduled_tokens = 0
+        self.num_cached_tokens: int | None = None
         self.is_prefill_complete = False
-        self.decode_set: DecodeSet | None = None
+        self.decode_set: SharedSteps | None = None
         self.execution_time = 0.0
         self.preempted_time = 0.0
         self.last_stage_end: float | None = None
@@ -138,6 +153,17 @@ class Request:
         if self.decode_set is None:
             return self._processed
         return self._processed + self.decode_set.iteration - self._joined_at_iteration
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens it got so far; at the end `num_decode_tokens`, unless it ended early."""
+        return max(self.num_processed_tokens, self.prefill_target) - self.num_prefill_tokens
+
+    def start_prefill(self, num_cached_tokens: int) -> None:
+        """Begin a prefill behind the tokens that the prefix cache has."""
+        self._processed = self.num_scheduled_tokens = num_cached_tokens
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = num_cached_tokens
 
     def schedule_chunk(self, num_tokens: int) -> PrefillChunk:
         """Give the next `num_tokens` of the prefill to a batch."""
@@ -169,6 +195,15 @@ class Request:
         self.num_scheduled_tokens = 0
         self.is_prefill_complete = False
         self.num_restarts += 1
+
+    def _check_hash_ids(self) -> None:
+        assert self.hash_ids is not None
+        needed = -(-self.num_prefill_tokens // self.hash_block_size)
+        if len(self.hash_ids) != needed:
+            raise ConfigError(
+                f"Request.hash_ids has {len(self.hash_ids)} ids: expected {needed} for a prompt of "
+                f"{self.num_prefill_tokens} tokens (hash_block_size = {self.hash_block_size})."
+            )
 
 
 def _num_tokens(name: str, given: int) -> int:
@@ -211,7 +246,59 @@ class PrefillChunk:
         return self.num_restarts == self.request.num_restarts
 
 
-class DecodeSet:
+class SharedSteps:
+    """Steps that requests take together, so that a step costs nothing per request.
+
+    What a request had when it joined stays with it; what came since is read from here.
+
+    Attributes
+    ----------
+    iteration : int
+        Steps that have ended.
+    execution_time : float
+        Their times, summed, in seconds.
+    last_end : float
+        When the last of them ended, in seconds.
+    """
+
+    __slots__ = ("execution_time", "iteration", "last_end")
+
+    def __init__(self) -> None:
+        self.iteration = 0
+        self.execution_time = 0.0
+        self.last_end = 0.0
+
+    def join(self, request: Request) -> None:
+        """Let a request take part from the next step on."""
+        request.decode_set = self
+        request._joined_at_iteration = self.iteration
+        request._joined_at_execution_time = self.execution_time
+
+    def leave(self, request: Request) -> None:
+        """Take a request out; it gets the tokens and times of its steps."""
+        request.execution_time, request.preempted_time = self.times_of(request)
+        steps = self.iteration - request._joined_at_iteration
+        if steps:
+            request.last_stage_end = self.last_end
+        request.decode_set = None
+        request._processed += steps
+
+    def leave_out(self, request: Request, execution_time: float) -> None:
+        """Do not count the last step, of `execution_time` seconds, for a request that joined."""
+        request._joined_at_iteration += 1
+        request._joined_at_execution_time += execution_time
+
+    def times_of(self, request: Request) -> tuple[float, float]:
+        """Return a request's execution time and preempted time up to the last step, in seconds."""
+        if self.iteration == request._joined_at_iteration:
+            return request.execution_time, request.preempted_time
+        assert request.last_stage_end is not None
+        executed = self.execution_time - request._joined_at_execution_time
+        waited = self.last_end - request.last_stage_end - executed
+        return request.execution_time + executed, request.preempted_time + max(0.0, waited)
+
+
+class DecodeSet(SharedSteps):
     """Requests that decode together: one token each per iteration, at O(what changed) a step.
 
     A request's future is known when it joins: the iteration of its last token, and the iterations
@@ -238,22 +325,17 @@ class DecodeSet:
         "_block_phases",
         "_finishing",
         "block_size",
-        "execution_time",
         "is_sorted",
-        "iteration",
-        "last_end",
         "latest_arrival",
         "members",
         "num_processed_tokens",
     )
 
     def __init__(self, block_size: int) -> None:
+        super().__init__()
         self.block_size = block_size
         self.members: dict[Request, None] = {}
-        self.iteration = 0
         self.num_processed_tokens = 0
-        self.execution_time = 0.0
-        self.last_end = 0.0
         self.latest_arrival = float("-inf")
         self.is_sorted = True
         self._finishing: dict[int, list[Request]] = {}
@@ -269,11 +351,9 @@ class DecodeSet:
 
     def join(self, request: Request) -> None:
         """Add a request whose prefill is complete."""
+        super().join(request)
         processed = request._processed
         iteration = self.iteration
-        request.decode_set = self
-        request._joined_at_iteration = iteration
-        request._joined_at_execution_time = self.execution_time
         self.members[request] = None
         self.num_processed_tokens += processed
         last_iteration = iteration + request.num_tokens - processed
@@ -294,25 +374,11 @@ class DecodeSet:
 
     def _forget(self, request: Request) -> None:
         """Settle what the set kept for the member: its tokens, blocks and times."""
-        request.execution_time, request.preempted_time = self.times_of(request)
-        steps = self.iteration - request._joined_at_iteration
-        if steps:
-            request.last_stage_end = self.last_end
         phase = 1 - request._processed + request._joined_at_iteration
         self._block_phases[phase % self.block_size] -= 1
         del self.members[request]
-        request.decode_set = None
-        request._processed += steps
+        super().leave(request)
         self.num_processed_tokens -= request._processed
-
-    def times_of(self, request: Request) -> tuple[float, float]:
-        """Return a member's execution time and preempted time up to the last step, in seconds."""
-        if self.iteration == request._joined_at_iteration:
-            return request.execution_time, request.preempted_time
-        assert request.last_stage_end is not None
-        executed = self.execution_time - request._joined_at_execution_time
-        waited = self.last_end - request.last_stage_end - executed
-        return request.execution_time + executed, request.preempted_time + max(0.0, waited)
 
     def absorb(self, others: Iterable[Request]) -> None:
         """Add requests, in their order; those that decode in another set leave it."""
@@ -433,7 +499,11 @@ class Batch:
         """Requests in the batch."""
         return self.num_decodes + len(self.prefills)
 
+    def decoding(self) -> list[Request]:
+        """Return the requests that decode, in order. O(batch)."""
+        return list(self.decodes.members) if self.decodes else []
+
     def requests(self) -> list[tuple[Request, int]]:
         """Return its requests in order, each with its tokens in this batch. O(batch)."""
-        decodes = [(request, 1) for request in self.decodes.members] if self.decodes else []
+        decodes = [(request, 1) for request in self.decoding()]
         return decodes + [(chunk.request, chunk.num_tokens) for chunk in self.prefills]

@@ -8,8 +8,11 @@ interrupts) gets a priority below every typed event: at one instant the plumbing
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -114,6 +117,7 @@ class Environment(simpy.Environment):
         self.event_order = event_order
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {}
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
+        self._is_interrupted = False
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
         for name, bound_class in simpy.Environment.__dict__.items():
             if isinstance(bound_class, BoundClass):
@@ -158,7 +162,7 @@ class Environment(simpy.Environment):
 
     def subscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
         """Call `listener(event)` each time an event of this type has been handled."""
-        if event_type not in EventType:
+        if event_type not in list(EventType):
             raise unknown_name("event_type", event_type, EventType.__members__)
         self._listeners.setdefault(EventType(event_type), []).append(listener)
 
@@ -186,7 +190,8 @@ class Environment(simpy.Environment):
     def run(self, until: float | Event | None = None) -> Any:
         """Run until nothing is left, until an event happens, or until exactly the instant `until`.
 
-        Events at the instant `until` are not handled; a later call goes on with them.
+        Events at the instant `until` are not handled; a later call goes on with them. So it does
+        after a ctrl-C, which ends the run between two events.
 
         Returns
         -------
@@ -200,6 +205,10 @@ class Environment(simpy.Environment):
         SimulationError
             If `until` is an event and nothing is left that could make it happen.
         """
+        with _ctrl_c_between_events(self):
+            return self._run(until)
+
+    def _run(self, until: float | Event | None) -> Any:
         if until is None:
             self._handle_events()
             return None
@@ -253,6 +262,32 @@ class Environment(simpy.Environment):
                 raise event._value
             if listeners:
                 self._tell(event)
+            if self._is_interrupted:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c_between_events(env: Environment) -> Iterator[None]:
+    """Hear a ctrl-C when the present event is done, so that nothing is left half done.
+
+    A second one is heard at once. A handler of the user's own stays in charge.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or usual is not signal.default_int_handler:
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        env._is_interrupted = True
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        env._is_interrupted = False
 
 
 def _next_of(ids: count[int]) -> int:

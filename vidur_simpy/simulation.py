@@ -292,6 +292,9 @@ class Simulation:
         except SimulationError as error:
             error.result = self.result()
             raise
+        except KeyboardInterrupt:
+            self._until = self.env.now
+            raise
         self._until = None if until is None else self.env.now
         return value
 

@@ -13,6 +13,7 @@ from vidur_simpy.replica_scheduler.interface import (
     ReplicaSchedulerPolicy,
 )
 from vidur_simpy.replica_scheduler.lightllm import LightLLM
+from vidur_simpy.replica_scheduler.mnemosyne import Mnemosyne
 from vidur_simpy.replica_scheduler.orca import Orca
 from vidur_simpy.replica_scheduler.sarathi import Sarathi
 from vidur_simpy.replica_scheduler.vllm import Vllm
@@ -22,6 +23,7 @@ __all__ = [
     "ContinuousBatching",
     "FasterTransformer",
     "LightLLM",
+    "Mnemosyne",
     "Orca",
     "ReplicaResources",
     "ReplicaScheduler",
@@ -33,6 +35,7 @@ __all__ = [
 REPLICA_SCHEDULERS: dict[str, type] = {
     "faster_transformer": FasterTransformer,
     "lightllm": LightLLM,
+    "mnemosyne": Mnemosyne,
     "orca": Orca,
     "sarathi": Sarathi,
     "vllm": Vllm,

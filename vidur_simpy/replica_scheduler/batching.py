@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from vidur_simpy.entities import Batch, DecodeSet, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import Key, WaitingQueue, queue_of
 
 __all__ = ["ContinuousBatching"]
 
@@ -30,10 +31,12 @@ class ContinuousBatching:
         What the replica has.
     max_num_seqs : int
         Most requests that hold blocks at a time; the pipeline stages share them evenly.
+    ordering : str or callable
+        Who goes first of those that wait: a name or a key, see `ordering`.
 
     Attributes
     ----------
-    waiting : deque of Request
+    waiting : WaitingQueue
         Requests not admitted, or restarted; the head goes first.
     running : list of DecodeSet and Request
         Admitted requests in no batch, in order. A set stands for its members.
@@ -48,7 +51,9 @@ class ContinuousBatching:
         If a batch could hold no request.
     """
 
-    def __init__(self, resources: ReplicaResources, max_num_seqs: int) -> None:
+    def __init__(
+        self, resources: ReplicaResources, max_num_seqs: int, ordering: str | Key = "fcfs"
+    ) -> None:
         stages = resources.pipeline_parallel_size
         if max_num_seqs < stages:
             raise ConfigError(
@@ -59,7 +64,7 @@ class ContinuousBatching:
         self.pool = resources.pool
         self.max_num_seqs = max_num_seqs
         self.max_batch_size = max_num_seqs // stages
-        self.waiting: deque[Request] = deque()
+        self.waiting: WaitingQueue = queue_of(ordering, resources)
         self.running: list[DecodeSet | Request] = []
         self.num_running = 0
 
@@ -172,7 +177,7 @@ class ContinuousBatching:
             if not request.is_prefill_complete:
                 prefills.append(request)
             elif self._make_room(request, queue):
-                self.pool.reserve(self._needs_block(request))
+                self._grow(request)
                 num_decodes += 1
         for request in queue:
             if request.decode_set is not None:
@@ -180,9 +185,9 @@ class ContinuousBatching:
         self.running = list(queue)
         return (decodes if num_decodes else None), prefills
 
-    def _needs_block(self, request: Request) -> bool:
-        """Whether the next step of a decoding request takes a block: its last one is full."""
-        return (request.num_processed_tokens - 1) % self.pool.block_size == 0
+    def _grow(self, request: Request) -> None:
+        """Reserve the block that the next step of a decoding request takes: its last is full."""
+        self.pool.reserve((request.num_processed_tokens - 1) % self.pool.block_size == 0)
 
     def _make_room(self, request: Request, others: deque[Request]) -> bool:
         """Restart requests, the last of `others` first, until `request` may decode.
@@ -198,10 +203,14 @@ class ContinuousBatching:
         return True
 
     def preempt(self, request: Request) -> None:
-        """Free a request's blocks and send it back to the head of `waiting`."""
+        """Free a request's blocks and send it back to `waiting`."""
         self.pool.free(self._num_blocks_held(request))
         self.num_running -= 1
         request.restart()
+        self.put_back(request)
+
+    def put_back(self, request: Request) -> None:
+        """Let a restarted request wait ahead of the others, as far as the ordering leaves it."""
         self.waiting.appendleft(request)
 
     def _num_blocks_held(self, request: Request) -> int:
@@ -219,7 +228,11 @@ class ContinuousBatching:
         for chunk in batch.prefills:
             request = chunk.request
             if chunk.is_current and request.num_scheduled_tokens < request.prefill_target:
-                self.running.append(request)
+                self.keep_partial(request)
+
+    def keep_partial(self, request: Request) -> None:
+        """Keep a request whose prompt goes on in a later batch."""
+        self.running.append(request)
 
     def end(self, batch: Batch, now: float) -> Sequence[Request]:
         """Count the tokens, free the completed requests, put the others back into `running`."""
@@ -239,7 +252,7 @@ class ContinuousBatching:
                     request.first_token_at = now
                 (completed if is_complete else running).append(request)
             elif not self.resources.sequence_pipeline_parallel:
-                running.append(request)
+                self.keep_partial(request)
         if completed:
             self.pool.free(sum(map(self._num_blocks_held, completed)))
             self.num_running -= len(completed)

@@ -9,6 +9,7 @@ from pydantic import Field
 from vidur_simpy.entities import Batch, DecodeSet, Request
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.orca import ReservingBatching
+from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
 
 __all__ = ["FasterTransformer", "FasterTransformerScheduler"]
@@ -22,6 +23,9 @@ class FasterTransformer:
     ----------
     max_num_seqs : int
         Most requests in one batch.
+    ordering : str or callable
+        Who goes first of those that wait: ``fcfs``, ``edf``, ``lrs``, ``sjf``, ``spt``,
+        ``priority``, or a function of ``(request)`` or ``(request, now)``.
 
     Notes
     -----
@@ -30,10 +34,11 @@ class FasterTransformer:
     """
 
     max_num_seqs: int = Field(default=128, ge=1)
+    ordering: Ordering = "fcfs"
 
     def for_replica(self, resources: ReplicaResources) -> FasterTransformerScheduler:
         """Make the scheduler of one replica."""
-        return FasterTransformerScheduler(resources, self.max_num_seqs)
+        return FasterTransformerScheduler(resources, self.max_num_seqs, self.ordering)
 
 
 class FasterTransformerScheduler(ReservingBatching):
@@ -45,7 +50,7 @@ class FasterTransformerScheduler(ReservingBatching):
             decodes = self.running.pop(0)
             assert isinstance(decodes, DecodeSet)
             return Batch(decodes)
-        chunks = self.admit_prompts(0)
+        chunks = self.admit_prompts(0, now)
         return Batch(None, chunks) if chunks else None
 
     def end(self, batch: Batch, now: float) -> Sequence[Request]:

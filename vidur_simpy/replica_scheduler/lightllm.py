@@ -11,6 +11,7 @@ from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
 
 __all__ = ["LightLLM", "LightLLMScheduler"]
@@ -28,6 +29,9 @@ class LightLLM:
         Most prompt tokens in a batch; a longer prompt is refused at arrival.
     max_waiting_iterations : int
         Decode iterations after which admission is tried again.
+    ordering : str or callable
+        Who goes first of those that wait: ``fcfs``, ``edf``, ``lrs``, ``sjf``, ``spt``,
+        ``priority``, or a function of ``(request)`` or ``(request, now)``.
 
     Notes
     -----
@@ -38,6 +42,7 @@ class LightLLM:
     max_num_seqs: int = Field(default=128, ge=1)
     max_num_batched_tokens: int = Field(default=4096, ge=1)
     max_waiting_iterations: int = Field(default=10, ge=0)
+    ordering: Ordering = "fcfs"
 
     def for_replica(self, resources: ReplicaResources) -> LightLLMScheduler:
         """Make the scheduler of one replica."""
@@ -48,7 +53,7 @@ class LightLLMScheduler(ContinuousBatching):
     """The LightLLM scheduler of one replica."""
 
     def __init__(self, policy: LightLLM, resources: ReplicaResources) -> None:
-        super().__init__(resources, policy.max_num_seqs)
+        super().__init__(resources, policy.max_num_seqs, policy.ordering)
         if resources.pool.block_size != 1:
             raise ConfigError(
                 f"lightllm manages memory by the token: kv_cache.block_size = "
@@ -81,7 +86,7 @@ class LightLLMScheduler(ContinuousBatching):
     def schedule(self, now: float) -> Batch | None:
         """Admit prompts when nothing runs or every `max_waiting_iterations`; else decode."""
         if not self.running or self.num_waiting_iterations >= self.max_waiting_iterations:
-            chunks = self._admit_prompts()
+            chunks = self._admit_prompts(now)
             if chunks or self.running:
                 self.num_waiting_iterations = 0
             if chunks or not self.running:
@@ -100,7 +105,8 @@ class LightLLMScheduler(ContinuousBatching):
         self.num_waiting_iterations += 1
         return Batch(decodes)
 
-    def _admit_prompts(self) -> list[PrefillChunk]:
+    def _admit_prompts(self, now: float) -> list[PrefillChunk]:
+        self.waiting.order(now)
         chunks: list[PrefillChunk] = []
         num_tokens = 0
         futures = self._futures() if self.waiting else []

@@ -8,6 +8,7 @@ from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
 from vidur_simpy.errors import CapacityError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import Key, Ordering
 from vidur_simpy.validation import configuration
 
 __all__ = ["Orca", "OrcaScheduler", "ReservingBatching"]
@@ -30,8 +31,10 @@ class ReservingBatching(ContinuousBatching):
         If the replica cannot hold even one such request.
     """
 
-    def __init__(self, resources: ReplicaResources, max_num_seqs: int) -> None:
-        super().__init__(resources, max_num_seqs)
+    def __init__(
+        self, resources: ReplicaResources, max_num_seqs: int, ordering: str | Key = "fcfs"
+    ) -> None:
+        super().__init__(resources, max_num_seqs, ordering)
         self.max_batch_size = max_num_seqs
         pool = resources.pool
         self.num_blocks_each = max(1, resources.max_model_len // pool.block_size)
@@ -46,8 +49,9 @@ class ReservingBatching(ContinuousBatching):
         """Return an empty string: whatever `max_model_len` allows fits what is set aside."""
         return ""
 
-    def admit_prompts(self, num_decodes: int) -> list[PrefillChunk]:
+    def admit_prompts(self, num_decodes: int, now: float) -> list[PrefillChunk]:
         """Admit whole prompts while there is memory and room beside `num_decodes` decodes."""
+        self.waiting.order(now)
         chunks: list[PrefillChunk] = []
         while (
             self.waiting
@@ -72,6 +76,9 @@ class Orca:
     ----------
     max_num_seqs : int
         Most requests in one batch.
+    ordering : str or callable
+        Who goes first of those that wait: ``fcfs``, ``edf``, ``lrs``, ``sjf``, ``spt``,
+        ``priority``, or a function of ``(request)`` or ``(request, now)``.
 
     Notes
     -----
@@ -80,10 +87,11 @@ class Orca:
     """
 
     max_num_seqs: int = Field(default=128, ge=1)
+    ordering: Ordering = "fcfs"
 
     def for_replica(self, resources: ReplicaResources) -> OrcaScheduler:
         """Make the scheduler of one replica."""
-        return OrcaScheduler(resources, self.max_num_seqs)
+        return OrcaScheduler(resources, self.max_num_seqs, self.ordering)
 
 
 class OrcaScheduler(ReservingBatching):
@@ -92,7 +100,7 @@ class OrcaScheduler(ReservingBatching):
     def schedule(self, now: float) -> Batch | None:
         """Decode all that fits into a batch, then admit prompts into what is left of it."""
         decodes = self._take_decodes()
-        chunks = self.admit_prompts(0 if decodes is None else len(decodes.members))
+        chunks = self.admit_prompts(0 if decodes is None else len(decodes.members), now)
         if decodes is None and not chunks:
             return None
         return Batch(decodes, chunks)

@@ -232,7 +232,7 @@ class ResortedQueue(WaitingQueue):
 
     def order(self, now: float) -> None:
         """Sort the queue by the keys of this instant; equals keep their order. O(n log n)."""
-        if len(self) > 1:
+        if self:
             ordered = sorted(self, key=lambda request: self._key(request, now))
             self.clear()
             self.extend(ordered)

@@ -7,6 +7,7 @@ from pydantic import Field
 from vidur_simpy.entities import Batch, PrefillChunk, Request, by_arrival
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
 
 __all__ = ["Sarathi", "SarathiScheduler"]
@@ -22,6 +23,9 @@ class Sarathi:
         Most requests that hold KV-cache blocks.
     chunk_size : int
         Tokens of an iteration; decodes count, but are never held back by it.
+    ordering : str or callable
+        Who goes first of those that wait: ``fcfs``, ``edf``, ``lrs``, ``sjf``, ``spt``,
+        ``priority``, or a function of ``(request)`` or ``(request, now)``.
 
     Notes
     -----
@@ -36,6 +40,7 @@ class Sarathi:
 
     max_num_seqs: int = Field(default=128, ge=1)
     chunk_size: int = Field(default=512, ge=1)
+    ordering: Ordering = "fcfs"
 
     def for_replica(self, resources: ReplicaResources) -> SarathiScheduler:
         """Make the scheduler of one replica."""
@@ -46,7 +51,7 @@ class SarathiScheduler(ContinuousBatching):
     """The Sarathi scheduler of one replica."""
 
     def __init__(self, policy: Sarathi, resources: ReplicaResources) -> None:
-        super().__init__(resources, policy.max_num_seqs)
+        super().__init__(resources, policy.max_num_seqs, policy.ordering)
         self.chunk_size = policy.chunk_size
 
     def schedule(self, now: float) -> Batch | None:
@@ -58,6 +63,7 @@ class SarathiScheduler(ContinuousBatching):
         if prefills or self.running:
             left = self._continue_prefills(prefills, chunks, left)
         if self.waiting:
+            self.waiting.order(now)
             self._admit_prompts(chunks, num_decodes, left)
         if decodes is None and not chunks:
             return None

@@ -7,6 +7,7 @@ from pydantic import Field
 from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
 
 __all__ = ["Vllm", "VllmScheduler"]
@@ -22,6 +23,9 @@ class Vllm:
         Most requests that hold KV-cache blocks.
     max_num_batched_tokens : int
         Most prompt tokens in a batch; a longer prompt is refused at arrival.
+    ordering : str or callable
+        Who goes first of those that wait: ``fcfs``, ``edf``, ``lrs``, ``sjf``, ``spt``,
+        ``priority``, or a function of ``(request)`` or ``(request, now)``.
 
     Notes
     -----
@@ -32,6 +36,7 @@ class Vllm:
 
     max_num_seqs: int = Field(default=128, ge=1)
     max_num_batched_tokens: int = Field(default=4096, ge=1)
+    ordering: Ordering = "fcfs"
 
     def for_replica(self, resources: ReplicaResources) -> VllmScheduler:
         """Make the scheduler of one replica."""
@@ -42,7 +47,7 @@ class VllmScheduler(ContinuousBatching):
     """The vLLM scheduler of one replica."""
 
     def __init__(self, policy: Vllm, resources: ReplicaResources) -> None:
-        super().__init__(resources, policy.max_num_seqs)
+        super().__init__(resources, policy.max_num_seqs, policy.ordering)
         self.max_num_batched_tokens = policy.max_num_batched_tokens
 
     def refusal(self, request: Request) -> str:
@@ -56,7 +61,7 @@ class VllmScheduler(ContinuousBatching):
 
     def schedule(self, now: float) -> Batch | None:
         """Admit whole prompts while they fit; if there are none, decode."""
-        chunks = self._admit_prompts()
+        chunks = self._admit_prompts(now)
         if chunks:
             return Batch(None, chunks)
         decodes, _ = self.take_decodes()
@@ -64,10 +69,11 @@ class VllmScheduler(ContinuousBatching):
             return Batch(decodes)
         if self.waiting and not self.num_running:
             # The last request gave way to itself; no event would ever bring it back.
-            chunks = self._admit_prompts()
+            chunks = self._admit_prompts(now)
         return Batch(None, chunks) if chunks else None
 
-    def _admit_prompts(self) -> list[PrefillChunk]:
+    def _admit_prompts(self, now: float) -> list[PrefillChunk]:
+        self.waiting.order(now)
         chunks: list[PrefillChunk] = []
         num_tokens = 0
         while (

@@ -1,0 +1,238 @@
+"""Prefix caching: KV-cache blocks that stay findable by their content after they are freed.
+
+Every block has one of three lives: held by the requests that use it, free and blank, or free and
+cached, that is, still found under its key until it is handed out again. Which rules decide is said
+by vLLM V1, whose cache this is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+from vidur_simpy.kv_cache import BlockPool
+
+__all__ = ["Block", "BlockKeys", "Prefixes", "PrefixCache"]
+
+
+class Block:
+    """One KV-cache block.
+
+    Attributes
+    ----------
+    key : int or None
+        Stands for its content and for all tokens before it, once it is full and registered.
+    num_holders : int
+        Requests that use it.
+    """
+
+    __slots__ = ("key", "num_holders")
+
+    def __init__(self) -> None:
+        self.key: int | None = None
+        self.num_holders = 0
+
+
+class PrefixCache:
+    """The blocks of a replica by their content.
+
+    Blank blocks are all alike, so only the cached ones are kept in order; how many are free is
+    counted by the pool.
+
+    Parameters
+    ----------
+    pool : BlockPool
+        Counts the blocks; what is taken and released here is reserved and freed there.
+    reuses_blank_first : bool
+        Whether a freed block without content is reused before all cached ones; otherwise it
+        queues up behind them.
+
+    Attributes
+    ----------
+    num_evicted_blocks : int
+        Cached blocks that were handed out again, and so forgotten.
+
+    Examples
+    --------
+    >>> cache = PrefixCache(BlockPool(num_blocks=2, block_size=16))
+    >>> blocks = cache.take(2)
+    >>> cache.register(blocks[0], key=7)
+    >>> cache.release(blocks)
+    >>> len(cache.longest_hit([7, 8]))
+    1
+    >>> _ = cache.take(2)  # the blank one first, then the cached one
+    >>> cache.longest_hit([7, 8]), cache.num_evicted_blocks
+    ([], 1)
+    """
+
+    def __init__(self, pool: BlockPool, *, reuses_blank_first: bool = True) -> None:
+        self.pool = pool
+        self.reuses_blank_first = reuses_blank_first
+        self.num_evicted_blocks = 0
+        # Free blocks that are not just any blank one, the next to be handed out first.
+        self._queue: OrderedDict[Block, None] = OrderedDict()
+        # Key -> the blocks registered under it that are still there, the earliest first.
+        self._cached: dict[int, list[Block]] = {}
+
+    def __len__(self) -> int:
+        """Cached contents: blocks of equal content count once."""
+        return len(self._cached)
+
+    def take(self, num_blocks: int) -> list[Block]:
+        """Hand out free blocks; cached ones are forgotten, longest free first.
+
+        The caller has made sure that they are there.
+        """
+        num_blank = min(num_blocks, self.pool.num_free - len(self._queue))
+        self.pool.reserve(num_blocks)
+        blocks = [Block() for _ in range(num_blank)]
+        for _ in range(num_blocks - num_blank):
+            block, _ = self._queue.popitem(last=False)
+            if block.key is not None:
+                self._evict(block)
+            blocks.append(block)
+        for block in blocks:
+            block.num_holders = 1
+        return blocks
+
+    def touch(self, blocks: Iterable[Block]) -> None:
+        """Let one more request hold cached blocks; those that were free are so no longer."""
+        for block in blocks:
+            if not block.num_holders:
+                del self._queue[block]
+                self.pool.reserve(1)
+            block.num_holders += 1
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """Let go of all blocks of one request, given in the order of its tokens.
+
+        The last one goes first, so that of one prefix the deepest blocks are evicted first.
+        """
+        for block in reversed(blocks):
+            block.num_holders -= 1
+            if not block.num_holders:
+                self.pool.free(1)
+                if block.key is not None or not self.reuses_blank_first:
+                    self._queue[block] = None
+
+    def register(self, block: Block, key: int) -> None:
+        """Let a full block be found under `key`; others of the same content stay beside it."""
+        assert block.key is None, f"a block is registered under {block.key} and again under {key}"
+        block.key = key
+        self._cached.setdefault(key, []).append(block)
+
+    def longest_hit(self, keys: Iterable[int]) -> list[Block]:
+        """Return the cached blocks of the longest prefix of `keys`; changes nothing."""
+        blocks = []
+        for key in keys:
+            found = self._cached.get(key)
+            if found is None:
+                break
+            blocks.append(found[0])
+        return blocks
+
+    def _evict(self, block: Block) -> None:
+        assert block.key is not None, "a blank block is not cached"
+        same = self._cached[block.key]
+        same.remove(block)
+        if not same:
+            del self._cached[block.key]
+        block.key = None
+        self.num_evicted_blocks += 1
+
+
+def num_unheld(blocks: Iterable[Block]) -> int:
+    """Return how many of the blocks no request uses."""
+    return sum(not block.num_holders for block in blocks)
+
+
+class Prefixes:
+    """Numbers that stand for whole prefixes: equal exactly where the prefixes are.
+
+    They take the place of the chained hashes of a real cache, without collisions.
+
+    Examples
+    --------
+    >>> prefixes = Prefixes()
+    >>> prefixes.chain([5, 6], 512), prefixes.chain([5, 7], 512)
+    ([0, 1], [0, 2])
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[int, int], int] = {}
+        self._next_id = count()
+
+    def chain(self, hash_ids: Sequence[int], hash_block_size: int) -> list[int]:
+        """Return a number for the prefix that ends with each of the hash ids."""
+        chain = []
+        prefix = -hash_block_size  # ids of other lengths name other tokens
+        for hash_id in hash_ids:
+            known = self._ids.get((prefix, hash_id))
+            if known is None:
+                known = self._ids[prefix, hash_id] = next(self._next_id)
+            chain.append(known)
+            prefix = known
+        return chain
+
+    def unique(self) -> int:
+        """Return a number for a prefix that nothing else will ever share."""
+        return next(self._next_id)
+
+
+class BlockKeys:
+    """The keys of one request's blocks.
+
+    Prompt token ``p`` is named by ``hash_ids[p // hash_block_size]`` and its place in there, so a
+    block is known by its index and the prefix up to the last hash id that it touches. A block that
+    holds output tokens, or a prompt without hash ids, is like no other request's.
+
+    Parameters
+    ----------
+    prefixes : Prefixes
+        Shared by all requests of the cache.
+    hash_ids : sequence of int
+        May be empty.
+    hash_block_size : int
+        Tokens behind one hash id.
+    block_size : int
+        Tokens per KV-cache block.
+    num_prefill_tokens : int
+        Length of the prompt.
+
+    Examples
+    --------
+    Two prompts of 40 tokens whose second 32 differ share their first two blocks:
+
+    >>> prefixes = Prefixes()
+    >>> ours, theirs = (BlockKeys(prefixes, ids, 32, 16, 40) for ids in ([1, 2], [1, 3]))
+    >>> [a == b for a, b in zip(ours.of(0, 3), theirs.of(0, 3))]
+    [True, True, False]
+    """
+
+    __slots__ = ("_block_size", "_chain", "_hash_block_size", "_num_shareable", "_own")
+
+    def __init__(
+        self,
+        prefixes: Prefixes,
+        hash_ids: Sequence[int],
+        hash_block_size: int,
+        block_size: int,
+        num_prefill_tokens: int,
+    ) -> None:
+        self._chain = prefixes.chain(hash_ids, hash_block_size)
+        self._own = prefixes.unique()
+        self._hash_block_size = hash_block_size
+        self._block_size = block_size
+        self._num_shareable = num_prefill_tokens // block_size if self._chain else 0
+
+    def of(self, first: int, stop: int) -> Iterator[int]:
+        """Yield the keys of the blocks with the indices `first` to ``stop - 1``."""
+        for index in range(first, stop):
+            if index < self._num_shareable:
+                last_token = (index + 1) * self._block_size - 1
+                prefix = self._chain[last_token // self._hash_block_size]
+            else:
+                prefix = self._own
+            # Exact: a cache of 2**32 blocks of one request does not exist.
+            yield prefix << 32 | index

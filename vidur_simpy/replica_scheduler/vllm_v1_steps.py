@@ -1,0 +1,239 @@
+"""What the vLLM V1 scheduler keeps of its requests, so that a step costs what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from vidur_simpy.entities import Batch, PrefillChunk, Request, SharedSteps
+from vidur_simpy.prefix_cache import Block, BlockKeys
+
+__all__ = ["Lockstep", "RequestState", "Step"]
+
+
+class RequestState:
+    """One request inside the scheduler.
+
+    vLLM knows neither prefill nor decode: a request has tokens that are known and tokens that are
+    computed, and wants the difference. While prompt tokens are left, ``request.prefill_target``
+    are known and ``request.num_scheduled_tokens`` computed, or about to be; from then on each step
+    computes one token, and a :class:`Lockstep` counts.
+
+    Attributes
+    ----------
+    request : Request
+    end : int
+        Prompt and output tokens together at which it ends.
+    admission : int
+        Number of its latest admission; `running` is in this order.
+    joined_at : int or None
+        Step of the lockstep from which its computed tokens are counted; None outside of it.
+    skipped_at : int
+        Last step of the lockstep that it was left out of.
+    blocks : list of Block
+        What it holds, if there is a prefix cache; otherwise blocks are only counted.
+    num_registered : int
+        Blocks, from the first, that are in the prefix cache.
+    keys : BlockKeys or None
+        Made when first needed.
+    """
+
+    __slots__ = (
+        "admission",
+        "blocks",
+        "end",
+        "joined_at",
+        "keys",
+        "num_registered",
+        "request",
+        "skipped_at",
+    )
+
+    def __init__(self, request: Request, max_model_len: int) -> None:
+        self.request = request
+        self.end = min(request.num_tokens, max_model_len)
+        self.admission = -1
+        self.joined_at: int | None = None
+        self.skipped_at = -1
+        self.blocks: list[Block] = []
+        self.num_registered = 0
+        self.keys: BlockKeys | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Prompt tokens that no step was planned for; 0 once it yields output."""
+        return self.request.prefill_target - self.request.num_scheduled_tokens
+
+
+class Lockstep(SharedSteps):
+    """Requests that compute one token in every step.
+
+    Steps are numbered from 1 when they are planned; `iteration` counts those that have ended, and
+    lags behind by what is in flight. A request's future is written down when it is added: the step
+    that samples its last token, and the steps that begin a new block.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens per KV-cache block.
+
+    Attributes
+    ----------
+    num_planned : int
+        Number of the step planned last.
+    num_members : int
+    context : int
+        Computed tokens, summed over the members.
+    """
+
+    __slots__ = ("_block_size", "_ending", "_phases", "context", "num_members", "num_planned")
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.num_planned = 0
+        self.num_members = 0
+        self.context = 0
+        self._block_size = block_size
+        self._ending: dict[int, dict[RequestState, None]] = {}
+        self._phases: list[dict[RequestState, None]] = [{} for _ in range(block_size)]
+
+    @property
+    def beginning_a_block(self) -> Collection[RequestState]:
+        """Members whose last block is full, so that the next step needs another."""
+        return self._phases[self.num_planned % self._block_size]
+
+    @property
+    def filling_a_block(self) -> Collection[RequestState]:
+        """Members whose last block the next step fills."""
+        return self._phases[(self.num_planned + 1) % self._block_size]
+
+    def num_computed(self, state: RequestState) -> int:
+        """Tokens of a member that are computed, or will be by the steps planned."""
+        assert state.joined_at is not None, f"{state.request} is no member"
+        return state.request.prefill_target + self.num_planned - state.joined_at
+
+    def add(self, state: RequestState) -> None:
+        """Add a request all of whose known tokens are planned; the next step is its first."""
+        state.joined_at = self.num_planned
+        self._enter(state)
+
+    def remove(self, state: RequestState) -> None:
+        """Take a member out before its last step."""
+        self._exit(state)
+        state.joined_at = None
+
+    def plan(self, skipped: Iterable[RequestState]) -> tuple[int, int, list[RequestState]]:
+        """Plan a step for all members but those `skipped`. O(what changes).
+
+        Returns
+        -------
+        num_decodes : int
+            Members that take part.
+        context : int
+            Their tokens in the KV cache once the step is done.
+        ending : list of RequestState
+            Those whose last token the step samples. They are members no longer.
+        """
+        for state in skipped:
+            self._exit(state)
+        num_decodes = self.num_members
+        self.num_planned += 1
+        self.context += num_decodes
+        context = self.context
+        ending = list(self._ending.get(self.num_planned, ()))
+        for state in ending:
+            self.remove(state)
+        for state in skipped:
+            assert state.joined_at is not None, f"{state.request} is no member"
+            state.joined_at += 1
+            state.skipped_at = self.num_planned
+            self._enter(state)
+        return num_decodes, context, ending
+
+    def _enter(self, state: RequestState) -> None:
+        last_step, phase = self._future(state)
+        self._ending.setdefault(last_step, {})[state] = None
+        self._phases[phase][state] = None
+        self.num_members += 1
+        self.context += self.num_computed(state)
+
+    def _exit(self, state: RequestState) -> None:
+        last_step, phase = self._future(state)
+        bucket = self._ending[last_step]
+        del bucket[state]
+        if not bucket:
+            del self._ending[last_step]
+        del self._phases[phase][state]
+        self.num_members -= 1
+        self.context -= self.num_computed(state)
+
+    def _future(self, state: RequestState) -> tuple[int, int]:
+        """Return a member's last step, and the steps, modulo block size, that begin a block."""
+        assert state.joined_at is not None, f"{state.request} is no member"
+        # The step after which nothing is computed, as it were: 0 = prefill_target + step - joined.
+        origin = state.joined_at - state.request.prefill_target
+        return origin + state.end - 1, origin % self._block_size
+
+    def end_step(self, now: float, execution_time: float) -> None:
+        """Count a step that ended at `now` and took `execution_time`, both in seconds."""
+        self.iteration += 1
+        self.execution_time += execution_time
+        self.last_end = now
+
+
+class Step(Batch):
+    """A planned step: some chunks, and everybody in the lockstep who was not skipped.
+
+    Attributes
+    ----------
+    ending : list of RequestState
+        Requests whose last token this step samples.
+    skipped : sequence of RequestState
+        Members of the lockstep that take no part.
+    late : list of RequestState
+        Requests preempted while this step, which samples a token of theirs, was in flight.
+    """
+
+    __slots__ = ("_is_decoding", "_running", "ending", "late", "number", "skipped")
+
+    def __init__(
+        self,
+        number: int,
+        chunks: Sequence[PrefillChunk],
+        num_decodes: int,
+        decode_context: int,
+        running: Collection[RequestState],
+    ) -> None:
+        super().__init__(None, chunks)
+        self.num_decodes = num_decodes
+        self.decode_context = decode_context
+        self.num_tokens += num_decodes
+        self.total_context += decode_context
+        self.num_attention_pairs += decode_context
+        self.number = number
+        self.ending: list[RequestState] = []
+        self.skipped: Sequence[RequestState] = ()
+        self.late: list[RequestState] = []
+        self._running = running
+
+    def decoding(self) -> list[Request]:
+        """Return the requests that decode, in the order of the plan. O(running)."""
+        in_chunks = {chunk.request for chunk in self.prefills}
+        return [
+            state.request
+            for state in self._running
+            if state.request not in in_chunks and self._takes_in(state)
+        ]
+
+    def requests(self) -> list[tuple[Request, int]]:
+        """Return all requests in the order of the plan, with their tokens. O(running).
+
+        Right until the next step is planned.
+        """
+        num_tokens = {chunk.request: chunk.num_tokens for chunk in self.prefills}
+        num_tokens |= dict.fromkeys(self.decoding(), 1)
+        order = (state.request for state in self._running)
+        return [(request, num_tokens[request]) for request in order if request in num_tokens]
+
+    def _takes_in(self, state: RequestState) -> bool:
+        is_member = state.joined_at is not None and state.skipped_at != self.number
+        return is_member or state in self.ending
