@@ -230,7 +230,8 @@ def test_blocks_reserved_are_freed(run):
         assert 0 <= pool.num_free_least <= pool.num_blocks
         assert (replica.scheduler.num_running, replica.scheduler.num_waiting) == (0, 0)
     assert run.result.timeline.kv_cache_usage.between(0, 1).all()
-    assert (run.result.timeline.num_running <= 8).all()
+    # Orca and FasterTransformer fill every batch in the pipeline.
+    assert (run.result.timeline.num_running <= 8 * len(run.sim.replicas[0].stages)).all()
 
 
 @law()

@@ -115,10 +115,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such configuration file.{found}")
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: not YAML: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(TOP_LEVEL)}.")
+        given = "is empty" if mapping is None else f"holds a {type(mapping).__name__}"
+        raise ConfigError(
+            f"{path} {given}: expected a mapping with the keys {', '.join(TOP_LEVEL)}."
+        )
     return mapping
 
 

@@ -301,7 +301,8 @@ class Signal:
     A process that waits for each event in turn yields :meth:`wait`. That is SimPy's
     ``event``/``succeed`` idiom without the hand-over: the process waits for the typed event itself.
     An event raised while the process is busy elsewhere still happens, and finds nobody, as an
-    event that has nothing to do should.
+    event that has nothing to do should. When nobody listens, a schedule event that is raised again
+    before it was handled happens once; `num_merged` says how often more it was raised.
 
     Parameters
     ----------
@@ -319,11 +320,13 @@ class Signal:
         "_ids",
         "_last",
         "_listeners",
+        "_may_merge",
         "_pending",
         "_priority",
         "_queue",
         "env",
         "event_type",
+        "num_merged",
         "where",
     )
 
@@ -344,6 +347,10 @@ class Signal:
         self._awaited: TypedEvent | None = None
         self._pending: deque[TypedEvent] = deque()
         self._last: TypedEvent | None = None
+        # In "id" order other events may come between two of one instant.
+        is_schedule = event_type >= EventType.GLOBAL_SCHEDULE
+        self._may_merge = is_schedule and env.event_order == "type"
+        self.num_merged = 0
 
     def at(self, time: float, value: Any = None) -> TypedEvent:
         """Return the event at exactly `time` in seconds."""
@@ -355,12 +362,26 @@ class Signal:
         """Raise the event at the present instant, for the process that waits."""
         event = self._awaited
         if event is None:
+            last = self._last
+            if (
+                self._may_merge
+                and last is not None
+                and last.callbacks is not None
+                and not self._listeners
+            ):
+                self.num_merged += 1
+                return
             event = self._next_event(value)
             self._pending.append(event)
         else:
             self._awaited = None
             event._value = value
         heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody listens or records, so that every event has to happen."""
+        return bool(self._listeners)
 
     def wait(self) -> TypedEvent:
         """Return the event to yield: the first one raised and not yet handled, or a new one."""

@@ -119,7 +119,8 @@ class Replica:
     scheduler : ReplicaScheduler
     pool : BlockPool
     num_running_batches : int
-        Batches between their formation and their BATCH_END; at most one per stage.
+        Batches between their formation and their BATCH_END; at most one per stage, unless the
+        scheduler has `max_running_batches`.
     num_outstanding : int
         Requests routed here that are not complete.
     num_requests, num_batches, num_restarts, num_prefill_tokens, num_decode_tokens : int
@@ -157,6 +158,9 @@ class Replica:
         self.num_attention_pairs = 0
         self._on_completed = on_completed
         self._first_stage_taken = False
+        self._max_running_batches = getattr(scheduler, "max_running_batches", num_stages)
+        # More batches than stages: the next one queues at the first stage while it is taken.
+        self._plans_ahead = self._max_running_batches > num_stages
         self.schedule = Signal(env, EventType.REPLICA_SCHEDULE, (replica_id, None))
         self.batch_end = Signal(env, EventType.BATCH_END, (replica_id, None))
         self.stages = [Stage(env, self, stage_id, stage_time) for stage_id in range(num_stages)]
@@ -190,7 +194,6 @@ class Replica:
 
     def _form_batches(self) -> ProcessGenerator:
         """Process: at each REPLICA_SCHEDULE form at most one batch, if the first stage is free."""
-        num_stages = len(self.stages)
         while True:
             try:
                 yield self.schedule.wait()
@@ -198,11 +201,18 @@ class Replica:
                 yield from _pause(self.env, interrupt)
                 self.schedule.raise_now()
                 continue
-            if self.num_running_batches < num_stages and not self._first_stage_taken:
+            if self.num_running_batches < self._max_running_batches and not self._first_stage_taken:
                 self.pool.tick(self.env._now)
                 batch = self.scheduler.schedule(self.env._now)
+                while batch is None and self.schedule.num_merged:
+                    # The same event again: a preemption may have made room meanwhile.
+                    self.schedule.num_merged -= 1
+                    batch = self.scheduler.schedule(self.env._now)
                 if batch is not None:
                     self._send(batch)
+                    if self._plans_ahead:
+                        self.schedule.raise_now()
+            self.schedule.num_merged = 0
 
     def _send(self, batch: Batch) -> None:
         """Send a batch that was just formed to the first stage."""
@@ -210,12 +220,9 @@ class Replica:
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         batch.scheduled_at = now
-        for chunk in batch.prefills:
-            if chunk.request.scheduled_at is None:
-                chunk.request.scheduled_at = now
         self.num_batches_formed += 1
         self.num_running_batches += 1
-        self._first_stage_taken = True
+        self._first_stage_taken = not self._plans_ahead
         if now >= self.timeline.next_at:
             self.timeline.sample(
                 now, self.scheduler.num_running, self.scheduler.num_waiting, self.pool.usage
@@ -354,6 +361,8 @@ class Stage(simpy.Resource):
         batch.stage_started_at = now
         for chunk in batch.prefills:
             request = chunk.request
+            if request.scheduled_at is None:
+                request.scheduled_at = now
             if request.last_stage_end is not None:
                 request.preempted_time += now - request.last_stage_end
         return duration
@@ -370,7 +379,9 @@ class Stage(simpy.Resource):
         replica = self.replica
         if self.put_queue:
             self._trigger_put(None)
-        self.schedule.raise_now()
+        # With one stage, a batch that arrives at this instant does so after the event.
+        if self.queue or len(replica.stages) > 1 or self.schedule.is_heard:
+            self.schedule.raise_now()
         if self.stage_id + 1 == len(replica.stages):
             replica.batch_end.raise_now(batch)
         else:

@@ -60,18 +60,7 @@ class SarathiScheduler(ContinuousBatching):
         num_decodes = 0 if decodes is None else len(decodes.members)
         left = self.chunk_size - num_decodes
         chunks: list[PrefillChunk] = []
-        if prefills or self.running:
-            left = self._continue_prefills(prefills, chunks, left)
-        if self.waiting:
-            self.waiting.order(now)
-            self._admit_prompts(chunks, num_decodes, left)
-        if decodes is None and not chunks:
-            return None
-        return Batch(decodes, chunks)
 
-    def _continue_prefills(
-        self, prefills: list[Request], chunks: list[PrefillChunk], left: int
-    ) -> int:
         skipped: list[Request] = []
         for request in prefills:
             num_tokens = min(request.prefill_target - request.num_scheduled_tokens, left)
@@ -81,23 +70,29 @@ class SarathiScheduler(ContinuousBatching):
             else:
                 skipped.append(request)
         if skipped or self.running:
-            # What take_decodes left behind are single requests.
-            later = [*skipped, *(entry for entry in self.running if isinstance(entry, Request))]
-            later.sort(key=by_arrival)
-            self.running = list(later)
-        return left
+            self._keep_for_later(skipped)
 
-    def _admit_prompts(self, chunks: list[PrefillChunk], num_decodes: int, left: int) -> None:
-        # As in the reference, the batch limit stops admission only when it is met exactly:
-        # continued prefills may have passed it already.
-        while (
-            self.waiting
-            and left > 0
-            and self.num_running != self.max_num_seqs
-            and num_decodes + len(chunks) != self.max_batch_size
-            and self.reserve_prompt(self.waiting[0])
-        ):
-            request = self.waiting.popleft()
-            num_tokens = min(request.prefill_target, left)
-            chunks.append(request.schedule_chunk(num_tokens))
-            left -= num_tokens
+        waiting = self.waiting
+        if waiting and left > 0:
+            waiting.order(now)
+            # As in the reference, the batch limit stops admission only when it is met exactly:
+            # continued prefills may have passed it already.
+            while (
+                waiting
+                and left > 0
+                and self.num_running != self.max_num_seqs
+                and num_decodes + len(chunks) != self.max_batch_size
+                and self.reserve_prompt(waiting[0])
+            ):
+                request = waiting.popleft()
+                num_tokens = min(request.prefill_target, left)
+                chunks.append(request.schedule_chunk(num_tokens))
+                left -= num_tokens
+
+        return None if decodes is None and not chunks else Batch(decodes, chunks)
+
+    def _keep_for_later(self, skipped: list[Request]) -> None:
+        """Put what got no tokens back beside what `take_decodes` left, in order of arrival."""
+        later = [*skipped, *(entry for entry in self.running if isinstance(entry, Request))]
+        later.sort(key=by_arrival)
+        self.running = list(later)

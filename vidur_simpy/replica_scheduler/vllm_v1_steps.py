@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 from vidur_simpy.entities import Batch, PrefillChunk, Request, SharedSteps
 from vidur_simpy.prefix_cache import Block, BlockKeys
+from vidur_simpy.replica_scheduler.vllm_v1_release import Release
 
-__all__ = ["Lockstep", "RequestState", "Step"]
+__all__ = ["Lockstep", "Plan", "RequestState", "Step"]
 
 
 class RequestState:
@@ -180,6 +181,51 @@ class Lockstep(SharedSteps):
         self.last_end = now
 
 
+class Plan:
+    """A step in the making.
+
+    Attributes
+    ----------
+    budget : int
+        Tokens that are left to give.
+    cap : int
+        Most tokens that one request may get.
+    num_tokens : dict of RequestState to int
+        What was given, in order. The members of the lockstep are in it only if the requests had
+        to be walked one by one.
+    order, position : list of RequestState, int
+        The requests of that walk, and the next one of them.
+    skipped : list of RequestState
+        Members of the lockstep that got nothing.
+    has_preempted : bool
+        Whether somebody had to go.
+    """
+
+    __slots__ = ("budget", "cap", "has_preempted", "num_tokens", "order", "position", "skipped")
+
+    def __init__(self, budget: int, cap: int) -> None:
+        self.budget = budget
+        self.cap = cap
+        self.num_tokens: dict[RequestState, int] = {}
+        self.order: list[RequestState] = []
+        self.position = 0
+        self.skipped: list[RequestState] = []
+        self.has_preempted = False
+
+    def take_back(self, victim: RequestState, release: Release) -> int:
+        """Take a preempted request out; return the tokens that it had been given."""
+        position = self.order.index(victim)
+        del self.order[position]
+        self.has_preempted = True
+        num_tokens = self.num_tokens.pop(victim, 0)
+        is_refunded = num_tokens > 0 and release.refunds_planned_victims
+        if is_refunded:
+            self.budget += num_tokens
+        if position < self.position and (is_refunded or release.moves_back_for_any_victim):
+            self.position -= 1
+        return num_tokens
+
+
 class Step(Batch):
     """A planned step: some chunks, and everybody in the lockstep who was not skipped.
 
@@ -193,7 +239,7 @@ class Step(Batch):
         Requests preempted while this step, which samples a token of theirs, was in flight.
     """
 
-    __slots__ = ("_is_decoding", "_running", "ending", "late", "number", "skipped")
+    __slots__ = ("_running", "ending", "late", "number", "skipped")
 
     def __init__(
         self,
@@ -214,6 +260,19 @@ class Step(Batch):
         self.skipped: Sequence[RequestState] = ()
         self.late: list[RequestState] = []
         self._running = running
+
+    @property
+    def yields_tokens(self) -> bool:
+        """Whether anybody gets an output token of it."""
+        return self.num_decodes > 0 or any(
+            chunk.context == chunk.request.prefill_target for chunk in self.prefills
+        )
+
+    def give_late(self, state: RequestState) -> None:
+        """Note that a request it samples a token of was preempted."""
+        self.late.append(state)
+        if state in self.ending:
+            self.ending.remove(state)
 
     def decoding(self) -> list[Request]:
         """Return the requests that decode, in the order of the plan. O(running)."""

@@ -1,0 +1,429 @@
+"""The scheduler of vLLM V1: plans steps, preempts, admits, and hands out their tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vidur_simpy.entities import Batch, PrefillChunk, Request
+from vidur_simpy.errors import SimulationError
+from vidur_simpy.prefix_cache import Block, PrefixCache, num_unheld
+from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.replica_scheduler.ordering import queue_of
+from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
+from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Plan, RequestState, Step
+
+if TYPE_CHECKING:
+    from vidur_simpy.replica_scheduler.vllm_v1 import VllmV1
+
+__all__ = ["VllmV1Scheduler"]
+
+
+class VllmV1Scheduler:
+    """The vLLM V1 scheduler of one replica.
+
+    A step is planned at once if tokens and blocks suffice for everybody who runs, since then their
+    order decides nothing. Otherwise they are walked one by one, as vLLM does it in every step.
+
+    Attributes
+    ----------
+    waiting : WaitingQueue
+        Requests not admitted, or preempted; the head goes first.
+    running : dict of RequestState to None
+        In order of admission.
+    prefills : dict of RequestState to None
+        Those of them whose prompt is not planned to its end; in the same order.
+    lockstep : Lockstep
+        Those of them that compute a token in every step.
+    in_flight : deque of Step
+        Steps planned whose outputs are not there yet.
+    blocks : RequestBlocks
+    max_running_batches : int
+        Steps that may be in flight.
+    truncates_outputs : bool
+        True: a request that passes `max_model_len` ends early, and need not be refused.
+    """
+
+    truncates_outputs = True
+
+    def __init__(self, policy: VllmV1, resources: ReplicaResources) -> None:
+        self.policy = policy
+        self.release = release_of(policy.vllm_version)
+        self.pool = pool = resources.pool
+        self.max_model_len = resources.max_model_len
+        self.max_running_batches = 2 if policy.async_scheduling else 1
+        self.waiting = queue_of(policy.policy, resources)
+        self.running: dict[RequestState, None] = {}
+        self.prefills: dict[RequestState, None] = {}
+        self.lockstep = Lockstep(pool.block_size)
+        self.in_flight: deque[Step] = deque()
+        blank_first = self.release.reuses_blank_blocks_first
+        cache = PrefixCache(pool, reuses_blank_first=blank_first)
+        self.blocks = RequestBlocks(pool, cache if policy.enable_prefix_caching else None)
+        self._gates_whole_sequences = (
+            policy.scheduler_reserve_full_isl and self.release.gates_whole_sequences
+        )
+        self._num_watermark_blocks = int(policy.watermark * pool.num_blocks)
+        self._states: dict[Request, RequestState] = {}
+        self._num_admissions = 0
+        self._waits_for_outputs = False
+        self._hopeless: RequestState | None = None
+        self._num_fruitless = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in `waiting`."""
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in `running`."""
+        return len(self.running)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the prefix cache did, as columns of the table of replicas."""
+        return self.blocks.figures
+
+    def refusal(self, request: Request) -> str:
+        """Return why the request can never run here; an empty string if it can."""
+        if request.num_prefill_tokens >= self.max_model_len:
+            return (
+                f"its prompt of {request.num_prefill_tokens} tokens leaves no room for an output "
+                f"token within max_model_len = {self.max_model_len}"
+            )
+        return ""
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self._states[request] = RequestState(request, self.max_model_len)
+        self.waiting.append(request)
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Step | None:
+        """Plan the next step; None if there is nothing to compute.
+
+        A step without tokens takes no time. The next one is planned at once or, as in vLLM, when
+        the step in flight has ended.
+
+        Raises
+        ------
+        SimulationError
+            If requests evict one another for ever.
+        """
+        while (self.running or self.waiting) and not self._waits_for_outputs:
+            step = self._plan_step(now)
+            if step is not None:
+                self.in_flight.append(step)
+                return step
+            self._waits_for_outputs = bool(self.in_flight)
+        return None
+
+    def _plan_step(self, now: float) -> Step | None:
+        """Plan what runs, then who is admitted; None if that comes to no tokens."""
+        plan = Plan(self.policy.max_num_batched_tokens, self._long_prefill_cap())
+        if not self._serve_everybody(plan):
+            self._walk_running(plan)
+        if not plan.has_preempted:
+            self._admit(plan, now)
+        step = self._form(plan)
+        if step is not None and step.yields_tokens:
+            self._num_fruitless = 0
+        else:
+            self._check_progress(now)
+        return step
+
+    def _check_progress(self, now: float) -> None:
+        """Raise an error if steps go on and on, but nobody gets a token."""
+        self._num_fruitless += 1
+        if self._num_fruitless % 100:
+            return
+        requests = [*(state.request for state in self.running), *self.waiting]
+        # Far more steps than it takes to compute everything token by token.
+        if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
+            ids = ", ".join(str(request.request_id) for request in requests[:10])
+            raise SimulationError(
+                f"at {now:.6g} s no request gets on: {ids} evict one another for ever. As in vLLM, "
+                f"requests of equal priority and arrival may do so under the policy "
+                f"{self.policy.policy!r}; expected other priorities, more KV-cache blocks or "
+                f"scheduler_reserve_full_isl."
+            )
+
+    def _long_prefill_cap(self) -> int:
+        """Return the most tokens that one request may get in this step."""
+        cap = self.policy.long_prefill_token_threshold
+        num_requests = len(self.running) + len(self.waiting)
+        is_spared = num_requests <= 1 and self.release.spares_a_lone_request_the_cap
+        if not cap or is_spared:
+            return self.max_model_len
+        if self.policy.long_prefill_token_threshold_adaptive:
+            return max(cap, self.policy.max_num_batched_tokens // num_requests)
+        return cap
+
+    def _form(self, plan: Plan) -> Step | None:
+        lockstep = self.lockstep
+        given = [item for item in plan.num_tokens.items() if item[0].joined_at is None]
+        if not given and lockstep.num_members == len(plan.skipped):
+            return None
+        num_decodes, context, ending = lockstep.plan(plan.skipped)
+        chunks = [self._chunk(state, num_tokens, ending) for state, num_tokens in given]
+        step = Step(lockstep.num_planned, chunks, num_decodes, context, self.running)
+        step.skipped = plan.skipped
+        # Blocks are freed in the order of the plan; that decides which are reused first.
+        step.ending = sorted(ending, key=_admission)
+        return step
+
+    def _chunk(
+        self, state: RequestState, num_tokens: int, ending: list[RequestState]
+    ) -> PrefillChunk:
+        """Count tokens of a prompt as computed; behind the last of them a request is in lockstep.
+
+        If there is only one token more to come, it is `ending` instead.
+        """
+        request = state.request
+        request.num_scheduled_tokens += num_tokens
+        if not state.num_left:
+            del self.prefills[state]
+            if request.prefill_target == state.end - 1:
+                ending.append(state)
+            else:
+                self.lockstep.add(state)
+        return PrefillChunk(request, num_tokens, request.num_scheduled_tokens)
+
+    # -- those who run -----------------------------------------------------------------------
+
+    def _serve_everybody(self, plan: Plan) -> bool:
+        """Plan what everybody wants, if tokens and blocks suffice. O(what changes).
+
+        Exact, because then all get the same in any order; only the last may get less.
+        """
+        lockstep = self.lockstep
+        left = plan.budget - lockstep.num_members
+        if left < 0:
+            return False
+        num_blocks = len(lockstep.beginning_a_block)
+        wanted = []
+        for state in self.prefills:
+            num_tokens = min(state.num_left, plan.cap)
+            if num_tokens > left:
+                if state is not next(reversed(self.running)):
+                    return False
+                num_tokens = left
+            if num_tokens:
+                left -= num_tokens
+                num_blocks += self._num_blocks_for(state, num_tokens)
+                wanted.append((state, num_tokens))
+        if num_blocks > self.pool.num_free:
+            return False
+        for state, num_tokens in wanted:
+            self._give(state, num_tokens, plan)
+        self._grow_lockstep()
+        plan.budget = left
+        return True
+
+    def _grow_lockstep(self) -> None:
+        """Take and register the blocks of a step of all who go in lockstep."""
+        blocks, lockstep = self.blocks, self.lockstep
+        if blocks.cache is None:
+            self.pool.reserve(len(lockstep.beginning_a_block))
+            return
+        for state in lockstep.beginning_a_block:
+            blocks.take(state, 1)
+            blocks.register(state, self._num_known(state))
+        for state in lockstep.filling_a_block:
+            blocks.register(state, self._num_known(state))
+
+    def _walk_running(self, plan: Plan) -> None:
+        """Plan one request after the other: somebody gets less, or has to go."""
+        plan.order = list(self.running)
+        while plan.position < len(plan.order) and plan.budget > 0:
+            state = plan.order[plan.position]
+            wanted = state.num_left if state.joined_at is None else 1
+            num_tokens = min(wanted, plan.cap, plan.budget)
+            if num_tokens:
+                if not self._make_room(state, num_tokens, plan):
+                    break  # nobody behind it is looked at
+                self._give(state, num_tokens, plan)
+            plan.position += 1
+        for state in plan.order:
+            if state.joined_at is not None and state not in plan.num_tokens:
+                plan.skipped.append(state)
+                # Their outputs would do it, but nobody is admitted before who could find them.
+                self.blocks.register(state, self.lockstep.num_computed(state))
+
+    def _make_room(self, state: RequestState, num_tokens: int, plan: Plan) -> bool:
+        """Preempt until the blocks of further tokens are free; False if `state` itself went."""
+        while self._num_blocks_for(state, num_tokens) > self.pool.num_free:
+            victim = plan.order[-1]
+            if self.policy.policy == "priority":
+                victim = max(plan.order, key=_urgency)  # of equals, the first
+            self._preempt(victim, plan.take_back(victim, self.release))
+            if victim is state:
+                return False
+        return True
+
+    def _preempt(self, victim: RequestState, num_tokens: int) -> None:
+        """Free a request's blocks, `num_tokens` just planned included; send it back to `waiting`.
+
+        A token that a step in flight samples is still delivered.
+        """
+        if self.in_flight and self._yields_a_token(victim):
+            self.in_flight[-1].give_late(victim)
+        self._release(victim, self._num_computed(victim) + num_tokens)
+        del self.running[victim]
+        self.prefills.pop(victim, None)
+        if victim.joined_at is not None:
+            self.lockstep.remove(victim)
+        victim.request.restart()
+        self.waiting.appendleft(victim.request)
+
+    # -- those who wait ----------------------------------------------------------------------
+
+    def _admit(self, plan: Plan, now: float) -> None:
+        """Admit waiting requests from the head on, while tokens, places and blocks last."""
+        waiting = self.waiting
+        waiting.order(now)
+        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
+        position = 0
+        while position < len(waiting) and plan.budget > 0 and len(self.running) < limit:
+            state = self._states[waiting[position]]
+            if state is self._hopeless:
+                return
+            hits = self.blocks.longest_hit(state)
+            num_cached_tokens = len(hits) * self.pool.block_size
+            num_tokens = min(state.request.prefill_target - num_cached_tokens, plan.cap)
+            if num_tokens > plan.budget and not self.policy.enable_chunked_prefill:
+                if self.release.stops_at_a_prompt_above_the_budget:
+                    return
+                position += 1
+                continue
+            num_tokens = min(num_tokens, plan.budget)
+            if not self._fits(state, hits, num_cached_tokens + num_tokens):
+                # Nor will it before blocks are freed or a prompt goes on: no need to look again.
+                self._hopeless = state if self._gates_whole_sequences else None
+                return
+            del waiting[position]
+            self._start(state, hits)
+            self._give(state, num_tokens, plan)
+
+    def _fits(self, state: RequestState, hits: list[Block], num_tokens: int) -> bool:
+        """Whether blocks for the first tokens, or for all that are known, are free."""
+        if self._gates_whole_sequences:
+            num_tokens = max(num_tokens, state.request.prefill_target)
+        num_blocks = self.pool.blocks_of(num_tokens) - len(hits) + num_unheld(hits)
+        if self.running:
+            num_blocks += self._num_watermark_blocks
+        return num_blocks <= self.pool.num_free
+
+    def _start(self, state: RequestState, hits: list[Block]) -> None:
+        """Move a request to `running`, behind the tokens that are cached."""
+        self.blocks.hold(state, hits)
+        self.running[state] = self.prefills[state] = None
+        state.admission = self._num_admissions
+        self._num_admissions += 1
+
+    # -- tokens and their blocks -------------------------------------------------------------
+
+    def _yields_a_token(self, state: RequestState) -> bool:
+        """Whether the step planned last samples a token of a running request."""
+        return not state.num_left and state.skipped_at != self.lockstep.num_planned
+
+    def _num_computed(self, state: RequestState) -> int:
+        """Tokens of a running request that are computed, or will be by the steps planned."""
+        if state.joined_at is not None:
+            return self.lockstep.num_computed(state)
+        return state.request.num_scheduled_tokens if state.num_left else state.end - 1
+
+    def _num_known(self, state: RequestState) -> int:
+        """Tokens of a running request that are known; one in flight is not."""
+        if state.joined_at is None:
+            return state.request.prefill_target
+        is_in_flight = bool(self.in_flight) and self._yields_a_token(state)
+        return self.lockstep.num_computed(state) + 1 - is_in_flight
+
+    def _num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
+        """Blocks that further tokens take."""
+        blocks_of, num_computed = self.pool.blocks_of, self._num_computed(state)
+        return blocks_of(num_computed + num_tokens) - blocks_of(num_computed)
+
+    def _give(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
+        """Plan tokens of a request, with their blocks; what they fill can be found from now on."""
+        plan.num_tokens[state] = num_tokens
+        plan.budget -= num_tokens
+        self.blocks.take(state, self._num_blocks_for(state, num_tokens))
+        num_computed = self._num_computed(state) + num_tokens
+        self.blocks.register(state, min(num_computed, self._num_known(state)))
+        self._hopeless = None
+
+    def _release(self, state: RequestState, num_tokens: int) -> None:
+        self.blocks.release(state, num_tokens)
+        self._hopeless = None
+
+    # -- outputs -----------------------------------------------------------------------------
+
+    def end_first_stage(self, batch: Batch) -> None:
+        """Do nothing: a step has no second stage."""
+
+    def end(self, batch: Batch, now: float) -> Sequence[Request]:
+        """Give every request that the step sampled its token; let go of those that end."""
+        step = self.in_flight.popleft()
+        assert step is batch, "steps end in the order in which they were planned"
+        self._waits_for_outputs = False
+        lockstep = self.lockstep
+        lockstep.end_step(now, step.execution_time)
+        for state in step.skipped:
+            if state.request.decode_set is lockstep:
+                lockstep.leave_out(state.request, step.execution_time)
+        for chunk in step.prefills:
+            if chunk.is_current:
+                self._end_chunk(chunk, now)
+        completed = [self._finish(state) for state in step.ending]
+        completed += [state.request for state in step.late if self._deliver_late(state, step, now)]
+        return completed
+
+    def _end_chunk(self, chunk: PrefillChunk, now: float) -> None:
+        request = chunk.request
+        request.end_chunk(chunk.num_tokens)
+        if request.is_prefill_complete:
+            self.lockstep.join(request)
+            if request.first_token_at is None:
+                request.first_token_at = now
+
+    def _finish(self, state: RequestState) -> Request:
+        request = state.request
+        self.blocks.register(state, state.end - 1)
+        self._release(state, state.end - 1)
+        self.lockstep.leave(request)
+        del self.running[state], self._states[request]
+        return request
+
+    def _deliver_late(self, state: RequestState, step: Step, now: float) -> bool:
+        """Give a request that waits again the token that was in flight; whether it was the last."""
+        request = state.request
+        request.prefill_target += 1
+        if request.first_token_at is None:
+            request.first_token_at = now
+        if request.last_stage_end is not None and request.last_stage_end < now:
+            request.preempted_time += step.stage_started_at - request.last_stage_end
+            request.execution_time += step.execution_time
+            request.last_stage_end = now
+        self._hopeless = None
+        if request.prefill_target < state.end:
+            return False
+        self.waiting.remove(request)
+        del self._states[request]
+        return True
+
+
+def _urgency(state: RequestState) -> tuple[int, float]:
+    """Return what makes a victim under the priority policy: the largest goes first."""
+    request = state.request
+    assert request.arrived_at is not None
+    return request.priority, request.arrived_at
+
+
+def _admission(state: RequestState) -> int:
+    return state.admission
