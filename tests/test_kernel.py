@@ -374,6 +374,31 @@ def test_events_raised_together_are_handled_one_by_one(env, listens):
     assert caught == [(instant, number) for instant in range(3) for number in range(3)]
 
 
+@ORDERS
+def test_an_event_raised_again_after_an_interrupt_is_not_lost(event_order):
+    """The process no longer waits for the first one; the second must happen by itself."""
+    env = Environment(event_order)
+    raised = Signal(env, EventType.REPLICA_SCHEDULE)
+    caught = []
+
+    def process():
+        while True:
+            try:
+                yield raised.wait()
+                caught.append(env.now)
+            except simpy.Interrupt:
+                raised.raise_now()
+
+    def source(waiting):
+        yield env.timeout(1.0)
+        raised.raise_now()
+        waiting.interrupt()
+
+    env.process(source(env.process(process())))
+    env.run()
+    assert caught == [1.0]
+
+
 def test_a_signal_says_where(env):
     """An event knows its type and its place, and shows them."""
     event = Signal(env, EventType.BATCH_STAGE_END, (3, 1)).at(1.0)

@@ -62,6 +62,21 @@ def stages(num_batches, num_stages=1, replica_id=0, prefill=0, decode=8):
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+def batches(num_batches, prefill=0, decode=8):
+    """Batches formed 10 ms apart, each of one long prompt chunk and some decodes."""
+    count = range(num_batches)
+    return {
+        "replica_id": [0 for _ in count],
+        "batch_index": list(count),
+        "scheduled_at": [0.01 * index for index in count],
+        "completed_at": [0.01 * (index + 1) for index in count],
+        "request_ids": [[0] for _ in count],
+        "num_tokens": [[prefill + decode] for _ in count],
+        "num_prefill_tokens": [prefill for _ in count],
+        "num_decode_tokens": [decode for _ in count],
+    }
+
+
 def joined(parts):
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
@@ -370,6 +385,29 @@ def test_gantt_needs_stages():
     assert [text.get_text() for text in ax.texts] == ["no batch in this window"]
 
 
+# -- composition -----------------------------------------------------------------------------------
+
+
+def test_composition_stacks_prompt_on_decode_tokens():
+    """A window's bars are the mean decode tokens, and on top of them the prompt tokens."""
+    ax = plots.composition(made([1.0], batches=batches(10, prefill=100, decode=20)), window=0.05)
+    prompt, decode = ax.patches
+    assert decode.get_data().values.tolist() == [20.0, 20.0]
+    assert prompt.get_data().values.tolist() == [120.0, 120.0]
+    assert prompt.get_hatch() != decode.get_hatch()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["prompt", "decode"]
+
+
+def test_composition_needs_batches_and_a_window():
+    """Without them it says how to record them; a window of no length is refused."""
+    with pytest.raises(NotAvailableError, match=r"record=\('batches',\)"):
+        plots.composition(made([1.0]))
+    with pytest.raises(ConfigError, match="window = 0"):
+        plots.composition(made([1.0], batches=batches(2)), window=0)
+    ax = plots.composition(made([1.0], batches={}))
+    assert [text.get_text() for text in ax.texts] == ["no batch was formed"]
+
+
 # -- all -------------------------------------------------------------------------------------------
 
 
@@ -377,7 +415,9 @@ def test_gantt_needs_stages():
 def test_plots_use_the_given_axes_and_leave_the_style(name):
     """Each draws on the axes it is given, returns them, and changes no setting."""
     before = dict(mpl.rcParams)
-    result = made([1.0, 2.0], stages=stages(5), timeline=samples((0.0, 0, 1, 0, 0.5)))
+    result = made(
+        [1.0, 2.0], batches=batches(5), stages=stages(5), timeline=samples((0.0, 0, 1, 0, 0.5))
+    )
     _, ax = plt.subplots()
     assert getattr(result.plot, name)(ax=ax) is ax
     assert ax.get_title()

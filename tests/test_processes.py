@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
 
 import vidur_simpy as vs
 from vidur_simpy import EventType, Request, Simulation, SimulationError
@@ -276,6 +277,81 @@ def test_the_other_replicas_go_on(make_cluster):
     after(sim, 0.5, lambda: sim.replicas[0].process.interrupt(4.0))
     sim.run()
     assert sim.result().requests.completed_at.to_list() == [6.5, 3.0]
+
+
+# All at once
+
+
+@st.composite
+def disturbances(draw):
+    """Pauses of stages and replicas, and holds: (kind, replica, stage, at, seconds)."""
+    kinds = st.sampled_from(["stage", "replica", "hold"])
+    numbers = st.integers(0, 1)
+    times = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
+    return draw(st.lists(st.tuples(kinds, numbers, numbers, times, times), max_size=8))
+
+
+def disturb(sim, kind, replica_id, stage_id, at, seconds):
+    """Start the process that disturbs a replica."""
+    replica = sim.replicas[replica_id % len(sim.replicas)]
+    stage = replica.stages[stage_id % len(replica.stages)]
+
+    def hold():
+        yield sim.env.timeout(at)
+        with stage.request() as granted:
+            yield granted
+            yield sim.env.timeout(seconds)
+
+    if kind == "hold":
+        sim.env.process(hold())
+    else:
+        target = stage if kind == "stage" else replica
+        after(sim, at, partial(target.process.interrupt, seconds))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    scheduler=st.sampled_from(
+        [vs.Sarathi(chunk_size=32), vs.Vllm(), vs.Orca(max_num_seqs=4), vs.FasterTransformer()]
+    ),
+    num_replicas=st.sampled_from([1, 2]),
+    stages=st.sampled_from([1, 2]),
+    num_blocks=st.sampled_from([6, 100]),
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=8),
+    disturbed=disturbances(),
+    event_order=st.sampled_from(["type", "id"]),
+)
+def test_listening_changes_nothing_whatever_happens(
+    scheduler, num_replicas, stages, num_blocks, lengths, disturbed, event_order
+):
+    """With pauses, holds and preemptions, requests go the same way whether events are heard."""
+    cluster = vs.Cluster(
+        num_replicas=num_replicas,
+        pipeline_parallel_size=stages,
+        max_model_len=80,
+        kv_cache=vs.KVCache(num_blocks=num_blocks),
+        replica_scheduler=scheduler,
+        sequence_pipeline_parallel=isinstance(scheduler, vs.Sarathi),
+        execution_time=lambda batch: 0.25 if batch.num_prefill_tokens else 0.125,
+    )
+
+    def listen_now_and_then(sim):
+        for event_type in (*EventType, *EventType):
+            yield sim.next(event_type)
+            yield sim.env.timeout(0.25)
+
+    tables = []
+    for record, listens in (((), False), ((), True), (("events", "batches"), False)):
+        sim = started(cluster, *lengths, record=record, event_order=event_order)
+        for disturbance in disturbed:
+            disturb(sim, *disturbance)
+        if listens:
+            sim.env.process(listen_now_and_then(sim))
+        sim.run()
+        tables.append(sim.result().requests)
+        assert all(replica.pool.num_free == num_blocks for replica in sim.replicas)
+    for table in tables[1:]:
+        assert_frame_equal(table, tables[0], check_exact=True)
 
 
 # Back-pressure and memory

@@ -50,6 +50,7 @@ _SHELF = {
         "ReplicaResources",
         "Sarathi",
         "Vllm",
+        "VllmV1",
     ],
     "result": ["Result", "load_result"],
     "simulation": ["Simulation", "simulate"],
@@ -118,6 +119,7 @@ __all__ = [
     "UniformLengths",
     "VidurError",
     "Vllm",
+    "VllmV1",
     "Workload",
     "ZipfLengths",
     "dump_config",
@@ -159,6 +161,7 @@ if TYPE_CHECKING:
         ReplicaResources,
         Sarathi,
         Vllm,
+        VllmV1,
     )
     from vidur_simpy.result import Result, load_result
     from vidur_simpy.simulation import Simulation, simulate

@@ -78,7 +78,8 @@ class Cluster:
     Traceback (most recent call last):
     ...
     vidur_simpy.errors.ConfigError: unknown replica_scheduler 'sarthi': did you mean 'sarathi'? \
-Known: faster_transformer, lightllm, mnemosyne, orca, sarathi, vllm.
+Known: faster_transformer, lightllm, mnemosyne, orca, sarathi, vllm, \
+vllm_v1.
     """
 
     model: Annotated[str | Mapping[str, Any] | Model, SkipValidation] = "llama-3.1-8b"

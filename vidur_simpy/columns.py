@@ -22,6 +22,8 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "tpot": ("s", "time per output token after the first: (e2e - ttft) / (output - 1)"),
         "e2e": ("s", "end-to-end latency: completed_at - arrived_at"),
         "scheduling_delay": ("s", "scheduled_at - arrived_at"),
+        "num_cached_tokens": ("tokens", "found in the prefix cache at its first admission"),
+        "num_output_tokens": ("tokens", "output it got, where some end at max_model_len"),
         "refusal": ("", "why it was refused at arrival; empty if it was accepted"),
     },
     "batches": {
@@ -75,6 +77,9 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "utilisation": ("", "share of the time its stages were busy, mean over stages, 0 to 1"),
         "kv_cache_usage_mean": ("", "time-weighted mean share of KV-cache blocks in use, 0 to 1"),
         "kv_cache_usage_peak": ("", "largest share of KV-cache blocks in use, 0 to 1"),
+        "num_cached_tokens": ("tokens", "found in the prefix cache at admissions"),
+        "prefix_cache_hit_rate": ("", "share of the tokens looked up that were found, 0 to 1"),
+        "num_evicted_blocks": ("", "cached blocks that were forgotten for others"),
         "mfu": ("", "model FLOPs utilisation while busy and idle, 0 to 1"),
     },
 }

@@ -221,11 +221,10 @@ def dump_config(**arguments: Any) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from vidur_simpy import Sarathi
-    >>> dump_config(cluster=Cluster(replica_scheduler=Sarathi(chunk_size=256)))["cluster"][
-    ...     "replica_scheduler"
-    ... ]
-    {'type': 'sarathi', 'max_num_seqs': 128, 'chunk_size': 256}
+    >>> from vidur_simpy import Linear
+    >>> config = dump_config(cluster=Cluster(execution_time=Linear(base=0.01)))
+    >>> config["cluster"]["execution_time"]
+    {'type': 'linear', 'base': 0.01, 'per_token': 2e-05, 'per_context_token': 5e-08}
     """
     return {key: _plain(key, value) for key, value in arguments.items() if value is not None}
 

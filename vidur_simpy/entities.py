@@ -503,6 +503,14 @@ class Batch:
         """Return the requests that decode, in order. O(batch)."""
         return list(self.decodes.members) if self.decodes else []
 
+    def prefilled(self) -> list[Request]:
+        """Return the requests whose prefill it completed, once it has ended."""
+        return [
+            chunk.request
+            for chunk in self.prefills
+            if chunk.is_current and chunk.request.is_prefill_complete
+        ]
+
     def requests(self) -> list[tuple[Request, int]]:
         """Return its requests in order, each with its tokens in this batch. O(batch)."""
         decodes = [(request, 1) for request in self.decoding()]

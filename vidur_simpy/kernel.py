@@ -366,7 +366,7 @@ class Signal:
             if (
                 self._may_merge
                 and last is not None
-                and last.callbacks is not None
+                and last.callbacks  # its process was not interrupted meanwhile
                 and not self._listeners
             ):
                 self.num_merged += 1

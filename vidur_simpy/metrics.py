@@ -75,9 +75,11 @@ class RequestLog:
         rows = sorted([*self._rows, *map(_request_row, unfinished)])
         columns = [list(column) for column in zip(*rows, strict=True)] if rows else []
         table = dict(zip(_REQUEST_COLUMNS, columns or ([] for _ in _REQUEST_COLUMNS), strict=True))
-        for name, usual in (("priority", 0), ("deadline", None), ("session_id", None)):
+        for name, usual in _OPTIONAL:
             if all(value == usual for value in table[name]):
                 del table[name]
+        if not _ends_early(table):
+            del table["num_output_tokens"]
         return table
 
 
@@ -97,9 +99,27 @@ _REQUEST_COLUMNS = (
     "priority",
     "deadline",
     "session_id",
+    "num_cached_tokens",
+    "num_output_tokens",
+)
+# Columns that are left out if every request has the usual value.
+_OPTIONAL: tuple[tuple[str, Any], ...] = (
+    ("priority", 0),
+    ("deadline", None),
+    ("session_id", None),
+    ("num_cached_tokens", None),
 )
 _request_columns = attrgetter(*_REQUEST_COLUMNS)
 _EXECUTION_TIME = _REQUEST_COLUMNS.index("execution_time")
+
+
+def _ends_early(table: dict[str, list[Any]]) -> bool:
+    """Whether a completed request got fewer output tokens than it asked for."""
+    names = ("completed_at", "num_output_tokens", "num_decode_tokens")
+    return any(
+        completed_at is not None and output < asked_for
+        for completed_at, output, asked_for in zip(*(table[name] for name in names), strict=True)
+    )
 
 
 def _request_row(request: Request) -> tuple[Any, ...]:
@@ -207,17 +227,13 @@ class TokenLog:
 
     def _formed(self, event: TypedEvent) -> None:
         batch: Batch = event._value
-        if event.stage_id == 0 and batch.decodes is not None:
-            self._decoding[batch.replica_id, batch.batch_index] = list(batch.decodes.members)
+        if event.stage_id == 0 and batch.num_decodes:
+            self._decoding[batch.replica_id, batch.batch_index] = batch.decoding()
 
     def _ended(self, event: TypedEvent) -> None:
         batch: Batch = event._value
         producers = self._decoding.pop((batch.replica_id, batch.batch_index), [])
-        producers += [
-            chunk.request
-            for chunk in batch.prefills
-            if chunk.is_current and chunk.request.is_prefill_complete
-        ]
+        producers += batch.prefilled()
         now = event.env.now
         latencies: Counter[float] = Counter()
         for request in producers:

@@ -12,7 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.columns import COLUMNS
+from vidur_simpy.drawing import (
+    ABOVE,
+    BATCH_KINDS,
+    BLUE,
+    COLOURS,
+    DEFAULT_BATCHES,
+    GREEN,
+    LINE_STYLES,
+    MARKS,
+    MAX_BARS,
+    MAX_NUMBERED_ROWS,
+    MAX_ROW_LABELS,
+    MAX_STEPS,
+    NUM_SPANS,
+    ORANGE,
+    SKY_BLUE,
+    VERMILLION,
+    count,
+    draw_steps,
+    label_of,
+    make_axes,
+    make_logarithmic,
+    mark_look,
+    marks_of,
+    name_of,
+    say_empty,
+    unit_of,
+)
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.series import (
     distribution,
@@ -21,7 +48,6 @@ from vidur_simpy.series import (
     numbers,
     round_window,
     sampled_load,
-    spans,
     windowed_quantiles,
 )
 from vidur_simpy.summary import digits
@@ -29,52 +55,11 @@ from vidur_simpy.summary import digits
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
     from vidur_simpy.result import Result
 
-__all__ = ["cdf", "gantt", "quantiles", "timeline"]
-
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY_BLUE, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-)
-COLOURS = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY_BLUE)
-LINE_STYLES = ("-", "--", "-.", ":")
-NAMES = {
-    "ttft": "time to first token",
-    "tpot": "time per output token",
-    "itl": "inter-token latency",
-    "e2e": "end-to-end latency",
-    "num_prefill_tokens": "prompt length",
-    "num_decode_tokens": "output length",
-}
-MARKS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-# Kinds of batches: colour and hatch of their bars.
-BATCH_KINDS = {
-    "prefill only": (SKY_BLUE, "////"),
-    "prefill and decode": (GREEN, ".."),
-    "decode only": (ORANGE, ""),
-}
-MAX_STEPS = 1_000
-NUM_SPANS = 300
-MAX_BARS = 50_000
-DEFAULT_BATCHES = 60
-MAX_ROW_LABELS = 40
-MAX_NUMBERED_ROWS = 24
-# A legend between the title and the axes, where it hides no line.
-_ABOVE: Any = {
-    "loc": "lower center",
-    "bbox_to_anchor": (0.5, 1.0),
-    "frameon": False,
-    "fontsize": "small",
-}
+__all__ = ["cdf", "composition", "gantt", "quantiles", "timeline"]
 
 
 def cdf(
@@ -109,25 +94,25 @@ def cdf(
         If there is no such metric.
     """
     values, shares = distribution(result, metric)
-    ax = _axes(ax)
+    ax = make_axes(ax)
     if len(values):
         index = sum(line.get_gid() == "cdf" for line in ax.lines)
         colour = COLOURS[index % len(COLOURS)]
         style = LINE_STYLES[index % len(LINE_STYLES)]
-        marks = _marks(result, metric, values)
+        marks = marks_of(result, metric, values)
         listed = ", ".join(f"{name} {digits(value)}" for name, value in marks.items())
         x, y = distribution_steps(values, shares, complementary=complementary)
         drawstyle = "steps-pre" if complementary else "steps-post"
         (line,) = ax.plot(x, y, style, color=colour, drawstyle=drawstyle)
         line.set_gid("cdf")
-        line.set_label(f"{label}: {listed}{_unit(metric)}" if label else listed + _unit(metric))
+        line.set_label(f"{label}: {listed}{unit_of(metric)}" if label else listed + unit_of(metric))
         at = np.array(list(marks.values()))
         below = np.searchsorted(values, at, side="left" if complementary else "right")
         heights = np.concatenate(([0.0], shares))[below]
-        ax.plot(at, 1 - heights if complementary else heights, "o", **_mark_look(colour))
+        ax.plot(at, 1 - heights if complementary else heights, "o", **mark_look(colour))
         ax.legend(loc="upper right" if complementary else "lower right", fontsize="small")
     else:
-        _say_empty(ax, f"no request has a value of {metric}")
+        say_empty(ax, f"no request has a value of {metric}")
     what = "output tokens" if metric == "itl" else "requests"
     if complementary:
         ax.set_yscale("log")
@@ -136,11 +121,11 @@ def cdf(
         ax.set_ylim(0, 1.03)
         ax.set_ylabel(f"share of {what} at or below")
     if log and len(values) and values[-1] > 0:
-        _make_logarithmic(ax)
+        make_logarithmic(ax)
     elif len(values) and values[0] >= 0:
         ax.set_xlim(left=0)
-    ax.set_xlabel(_label(metric))
-    ax.set_title(f"Distribution of the {_name(metric)}")
+    ax.set_xlabel(label_of(metric))
+    ax.set_title(f"Distribution of the {name_of(metric)}")
     ax.grid(alpha=0.3)
     return ax
 
@@ -174,7 +159,7 @@ def quantiles(
     values = numbers(result.requests, metric)
     arrived_at = result.requests["arrived_at"].to_numpy()[~np.isnan(values)]
     values = values[~np.isnan(values)]
-    ax = _axes(ax)
+    ax = make_axes(ax)
     if len(values):
         window = window or round_window(arrived_at)
         middles, rows = windowed_quantiles(arrived_at, values, window, list(MARKS.values()))
@@ -183,12 +168,12 @@ def quantiles(
             ax.plot(middles, row, look, color=colour, markersize=3.5, label=name)
         ax.set_ylim(bottom=min(0.0, float(values.min())))
         ax.legend(fontsize="small")
-        ax.set_title(f"{_name(metric).capitalize()}, by windows of {window:g} s")
+        ax.set_title(f"{name_of(metric).capitalize()}, by windows of {window:g} s")
     else:
-        _say_empty(ax, f"no request has a value of {metric}")
-        ax.set_title(_name(metric).capitalize())
+        say_empty(ax, f"no request has a value of {metric}")
+        ax.set_title(name_of(metric).capitalize())
     ax.set_xlabel("arrival (s)")
-    ax.set_ylabel(_label(metric))
+    ax.set_ylabel(label_of(metric))
     ax.grid(alpha=0.3)
     return ax
 
@@ -207,30 +192,76 @@ def timeline(result: Result, ax: Axes | None = None) -> Axes:
     ax : Axes, optional
         Gets a second y axis for the KV cache, mean over the replicas, in percent.
     """
-    ax = _axes(ax)
+    ax = make_axes(ax)
     has_samples = len(result.timeline) > 0
     load = sampled_load(result) if has_samples else load_of_requests(result.requests)
     time = load["time"].to_numpy()
     lines = [
-        _draw_steps(ax, time, load["running"].to_numpy(), "-", BLUE, "running"),
-        _draw_steps(ax, time, load["waiting"].to_numpy(), "--", VERMILLION, "waiting"),
+        draw_steps(ax, time, load["running"].to_numpy(), "-", BLUE, "running"),
+        draw_steps(ax, time, load["waiting"].to_numpy(), "--", VERMILLION, "waiting"),
     ]
     if has_samples:
         right = ax.twinx()
         usage = 100 * load["usage"].to_numpy()
-        lines.append(_draw_steps(right, time, usage, ":", GREEN, "KV cache (right axis)"))
+        lines.append(draw_steps(right, time, usage, ":", GREEN, "KV cache (right axis)"))
         right.set_ylim(0, 105)
         right.set_ylabel("KV cache in use (%)")
     if not len(load):
-        _say_empty(ax, "no request arrived")
+        say_empty(ax, "no request arrived")
     ax.set_ylim(0, 1.05 * max(1.0, load["running"].max(), load["waiting"].max()))
     ax.set_xlabel("time (s)")
     ax.set_ylabel("requests")
-    title = f"Load of {_count(len(result.replicas), 'replica')}"
+    title = f"Load of {count(len(result.replicas), 'replica')}"
     if len(time) > MAX_STEPS:
         title += f", mean and range per {digits((time[-1] - time[0]) / NUM_SPANS)} s"
     ax.set_title(title, pad=26)
-    ax.legend(handles=lines, **_ABOVE, ncols=len(lines))
+    ax.legend(handles=lines, **ABOVE, ncols=len(lines))
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def composition(result: Result, ax: Axes | None = None, *, window: float | None = None) -> Axes:
+    """Draw what batches are made of over time: prompt and decode tokens of a mean batch.
+
+    Parameters
+    ----------
+    result : Result
+        Recorded with ``record=("batches",)``.
+    ax : Axes, optional
+    window : float, optional
+        Batches formed within so many seconds are averaged; by default a hundredth of the run.
+
+    Raises
+    ------
+    ConfigError
+        If the window is not positive.
+    NotAvailableError
+        If batches were not recorded.
+    """
+    batches = result.batches
+    if window is not None and not window > 0:
+        raise ConfigError(f"composition(): window = {window!r}: expected a positive number of s.")
+    ax = make_axes(ax)
+    formed_at = batches["scheduled_at"].to_numpy()
+    if len(formed_at):
+        width = window or max(formed_at[-1] - formed_at[0], 1e-9) / 100
+        index = ((formed_at - formed_at[0]) // width).astype(int)
+        means = batches.groupby(index)[["num_prefill_tokens", "num_decode_tokens"]].mean()
+        means = means.reindex(range(index[-1] + 1), fill_value=0.0)
+        edges = formed_at[0] + width * np.arange(len(means) + 1)
+        decodes = means["num_decode_tokens"].to_numpy()
+        total = decodes + means["num_prefill_tokens"].to_numpy()
+        bars: Any = {"edgecolor": "0.2", "linewidth": 0.4, "fill": True}
+        ax.stairs(
+            total, edges, baseline=decodes, color=SKY_BLUE, hatch="////", label="prompt", **bars
+        )
+        ax.stairs(decodes, edges, color=ORANGE, label="decode", **bars)
+        ax.legend(**ABOVE, ncols=2)
+    else:
+        say_empty(ax, "no batch was formed")
+    ax.set_xlabel("time (s)")
+    ax.set_ylabel("tokens of a mean batch")
+    ax.set_title("What batches are made of", pad=26)
     ax.grid(alpha=0.3)
     return ax
 
@@ -285,7 +316,7 @@ def gantt(
         )
     places = stages[["replica_id", "stage_id"]].drop_duplicates()
     rows = sorted(zip(places["replica_id"], places["stage_id"], strict=True))
-    ax = _axes(ax, height=min(12.0, 1.8 + 0.35 * len(rows)))
+    ax = make_axes(ax, height=min(12.0, 1.8 + 0.35 * len(rows)))
     ax.set_xlim(first, last)
     _draw_bars(ax, shown, rows)
     is_deep = bool((stages["stage_id"] > 0).any())
@@ -296,81 +327,6 @@ def gantt(
     ax.set_xlabel("time (s)")
     ax.set_title("Batches on their stages", pad=26)
     return ax
-
-
-def _axes(ax: Axes | None, height: float = 4.0) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(7.0, height), layout="constrained")[1]
-
-
-def _say_empty(ax: Axes, message: str) -> None:
-    ax.text(0.5, 0.5, message, ha="center", va="center", transform=ax.transAxes)
-
-
-def _name(metric: str) -> str:
-    return NAMES.get(metric, metric.replace("_", " "))
-
-
-def _unit(metric: str) -> str:
-    """Return the unit with a space before it, or nothing."""
-    unit = "s" if metric == "itl" else COLUMNS["requests"].get(metric, ("", ""))[0]
-    return f" {unit}" if unit else ""
-
-
-def _label(metric: str) -> str:
-    unit = _unit(metric).strip()
-    return f"{_name(metric)} ({unit})" if unit else _name(metric)
-
-
-def _marks(result: Result, metric: str, values: NDArray[np.float64]) -> dict[str, float]:
-    """Return the quantiles that the legend of `cdf` lists."""
-    if metric == "itl":
-        summary = result.summary()
-        return {name: summary[name].to_dict()["itl"] for name in MARKS}
-    return dict(zip(MARKS, np.quantile(values, list(MARKS.values())).tolist(), strict=True))
-
-
-def _mark_look(colour: str) -> dict[str, Any]:
-    return {"color": colour, "markersize": 4, "markerfacecolor": "white"}
-
-
-def _make_logarithmic(ax: Axes) -> None:
-    """Make the x axis logarithmic with plain numbers, which do not run into each other."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.set_xscale("log")
-    drawn = np.concatenate([np.asarray(line.get_xdata(), float) for line in ax.lines])
-    positive = drawn[drawn > 0]
-    # A curve drawn before may have set the left end to 0, which has no place on this axis.
-    ax.set_xlim(positive.min() / 1.1, positive.max() * 1.1)
-    low, high = ax.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_steps(
-    ax: Axes,
-    time: NDArray[np.float64],
-    value: NDArray[np.float64],
-    style: str,
-    colour: str,
-    label: str,
-) -> Line2D:
-    """Draw a step line, or where it has too many steps to see, its mean and its range."""
-    if len(time) <= MAX_STEPS:
-        return ax.plot(time, value, style, color=colour, drawstyle="steps-post", label=label)[0]
-    middle, mean, least, greatest = spans(time, value, NUM_SPANS)
-    ax.fill_between(middle, least, greatest, color=colour, alpha=0.2, linewidth=0)
-    return ax.plot(middle, mean, style, color=colour, label=label)[0]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _window(
@@ -409,9 +365,9 @@ def _draw_bars(ax: Axes, stages: pd.DataFrame, rows: list[tuple[int, int]]) -> N
             look: Any = {"facecolor": colour, "hatch": hatch, "edgecolor": "0.2", "linewidth": 0.4}
             ax.add_collection(PolyCollection(shapes, label=kind, **look))
     if len(stages):
-        ax.legend(**_ABOVE, ncols=len(BATCH_KINDS))
+        ax.legend(**ABOVE, ncols=len(BATCH_KINDS))
     else:
-        _say_empty(ax, "no batch in this window")
+        say_empty(ax, "no batch in this window")
     if len(rows) <= MAX_NUMBERED_ROWS:
         _number_bars(ax, left, right, middle, stages["batch_index"].to_numpy())
 

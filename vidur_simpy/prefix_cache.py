@@ -13,7 +13,7 @@ from itertools import count
 
 from vidur_simpy.kv_cache import BlockPool
 
-__all__ = ["Block", "BlockKeys", "Prefixes", "PrefixCache"]
+__all__ = ["Block", "BlockKeys", "PrefixCache", "Prefixes", "num_unheld"]
 
 
 class Block:
@@ -76,7 +76,7 @@ class PrefixCache:
         self._cached: dict[int, list[Block]] = {}
 
     def __len__(self) -> int:
-        """Cached contents: blocks of equal content count once."""
+        """Return how many contents are cached; blocks of equal content count once."""
         return len(self._cached)
 
     def take(self, num_blocks: int) -> list[Block]:

@@ -14,7 +14,15 @@ from vidur_simpy import plots
 from vidur_simpy.columns import COLUMNS
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 from vidur_simpy.storage import Columns, frame, read_result, write_result
-from vidur_simpy.summary import as_html, as_text, counts_text, figures, latencies, ratio
+from vidur_simpy.summary import (
+    as_html,
+    as_text,
+    counts_text,
+    figures,
+    latencies,
+    num_output_tokens,
+    ratio,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +258,7 @@ class Result:
         for name, limit in limits.items():
             meets = self.requests[name] <= limit
             if name == "tpot":
-                meets |= is_completed & (self.requests["num_decode_tokens"] <= 1)
+                meets |= is_completed & (num_output_tokens(self.requests) <= 1)
             shares[name] = float(meets.mean())
             is_good = is_good & meets
         if itl is not None:
@@ -361,7 +369,7 @@ def _with_latencies(requests: pd.DataFrame) -> pd.DataFrame:
     """Add the derived columns where `columns.COLUMNS` has them."""
     ttft = requests["first_token_at"] - requests["arrived_at"]
     e2e = requests["completed_at"] - requests["arrived_at"]
-    num_later_tokens = requests["num_decode_tokens"] - 1
+    num_later_tokens = num_output_tokens(requests) - 1
     made = requests.assign(
         ttft=ttft,
         tpot=(e2e - ttft) / num_later_tokens.where(num_later_tokens > 0),

@@ -30,7 +30,7 @@ STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
 CHUNK = 4096
 
 # Rows of the timeline, shared by the replicas.
-TIMELINE_ROWS = 16_384
+TIMELINE_ROWS = 8_192
 
 
 class Simulation:
@@ -123,7 +123,7 @@ class Simulation:
     def _make_replicas(self) -> list[Replica]:
         cluster = self.cluster
         stage_time = cluster.stage_time()
-        capacity = max(64, TIMELINE_ROWS // cluster.num_replicas)
+        capacity = min(2_048, max(64, TIMELINE_ROWS // cluster.num_replicas))
         replicas = []
         for replica_id in range(cluster.num_replicas):
             pool = cluster.make_pool()
@@ -175,12 +175,14 @@ class Simulation:
                 request = Request(prefill, decode, arrived_at, request_id=index)
                 for name in given:
                     setattr(request, name, _plain(getattr(table, name)[index]))
+                request.hash_block_size = table.hash_block_size
                 self._live[request.request_id] = request  # type: ignore[index]
                 yield request
 
     def _refusal(self, request: Request) -> str:
         longest = self.cluster.max_tokens
-        if request.num_tokens > longest:
+        truncates = getattr(self.replicas[0].scheduler, "truncates_outputs", False)
+        if request.num_tokens > longest and not truncates:
             return (
                 f"its {request.num_prefill_tokens} + {request.num_decode_tokens} tokens are more "
                 f"than max_model_len = {longest}"
@@ -367,6 +369,7 @@ class Simulation:
                 / peak
                 if peak
                 else 0.0,
+                **getattr(replica.scheduler, "figures", {}),
             }
             for replica in self.replicas
         ]
@@ -448,6 +451,8 @@ def simulate(
 
 def _plain(value: Any) -> Any:
     """Return a cell of a column as a Python value; NaN and the empty text stand for None."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if not isinstance(value, np.generic):
         return value
     value = value.item()

@@ -43,10 +43,11 @@ MAX_PLAIN_ROWS = 100_000
 _KINDS = {
     **dict.fromkeys(("utilisation", "kv_cache_usage", "mfu"), "float64"),
     **dict.fromkeys(("kv_cache_usage_mean", "kv_cache_usage_peak"), "float64"),
+    "prefix_cache_hit_rate": "float64",
     **dict.fromkeys(("refusal", "event_type"), "str"),
 }
 _KINDS_BY_TABLE = {
-    "requests": {"replica_id": "Int64"},
+    "requests": {"replica_id": "Int64", "num_cached_tokens": "Int64"},
     "batches": dict.fromkeys(("request_ids", "num_tokens"), "list"),
     "events": dict.fromkeys(("replica_id", "stage_id", "batch_index", "request_id"), "Int64"),
 }

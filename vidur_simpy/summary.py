@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     from vidur_simpy.result import Result
 
-__all__ = ["as_html", "as_text", "counts_text", "digits", "figures", "latencies", "ratio"]
+__all__ = [
+    "as_html",
+    "as_text",
+    "counts_text",
+    "digits",
+    "figures",
+    "latencies",
+    "num_output_tokens",
+    "ratio",
+]
 
 LATENCIES = ("ttft", "tpot", "e2e", "scheduling_delay")
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -39,7 +48,7 @@ def figures(result: Result) -> dict[str, float]:
     is_refused = requests["refusal"] != ""
     completed = requests[is_completed]
     makespan = float(completed["completed_at"].max() - requests["arrived_at"].min())
-    num_output = int(completed["num_decode_tokens"].sum())
+    num_output = int(num_output_tokens(completed).sum())
     num_tokens = num_output + int(completed["num_prefill_tokens"].sum())
     return {
         "num_requests": len(requests),
@@ -56,6 +65,11 @@ def figures(result: Result) -> dict[str, float]:
         "kv_cache_usage_peak": _max(replicas, "kv_cache_usage_peak"),
         "mfu": _mean(replicas, "mfu"),
     }
+
+
+def num_output_tokens(requests: pd.DataFrame) -> pd.Series[int]:
+    """Return the output tokens of completed requests, some of which may have ended early."""
+    return requests.get("num_output_tokens", requests["num_decode_tokens"])
 
 
 def ratio(count: float, total: float) -> float:

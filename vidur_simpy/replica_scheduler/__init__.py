@@ -17,6 +17,7 @@ from vidur_simpy.replica_scheduler.mnemosyne import Mnemosyne
 from vidur_simpy.replica_scheduler.orca import Orca
 from vidur_simpy.replica_scheduler.sarathi import Sarathi
 from vidur_simpy.replica_scheduler.vllm import Vllm
+from vidur_simpy.replica_scheduler.vllm_v1 import VllmV1
 
 __all__ = [
     "REPLICA_SCHEDULERS",
@@ -30,6 +31,7 @@ __all__ = [
     "ReplicaSchedulerPolicy",
     "Sarathi",
     "Vllm",
+    "VllmV1",
 ]
 
 REPLICA_SCHEDULERS: dict[str, type] = {
@@ -39,4 +41,5 @@ REPLICA_SCHEDULERS: dict[str, type] = {
     "orca": Orca,
     "sarathi": Sarathi,
     "vllm": Vllm,
+    "vllm_v1": VllmV1,
 }

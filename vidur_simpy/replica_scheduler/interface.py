@@ -38,7 +38,12 @@ class ReplicaResources:
 
 
 class ReplicaScheduler(Protocol):
-    """Decides which requests of one replica run next. It knows no SimPy: time is an argument."""
+    """Decides which requests of one replica run next. It knows no SimPy: time is an argument.
+
+    It may also have `max_running_batches` (batches between formation and end, if not one per
+    pipeline stage), `truncates_outputs` (True if a request that passes `max_model_len` ends there
+    and need not be refused) and `figures` (further columns of the table of replicas).
+    """
 
     @property
     def num_waiting(self) -> int:

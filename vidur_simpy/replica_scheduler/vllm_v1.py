@@ -107,8 +107,8 @@ def _check(policy: VllmV1, resources: ReplicaResources) -> None:
     stages, max_model_len = resources.pipeline_parallel_size, resources.max_model_len
     if stages > 1:
         raise ConfigError(
-            f"vllm_v1 with pipeline_parallel_size = {stages}: expected 1; its scheduler is modelled "
-            f"for one pipeline stage."
+            f"vllm_v1 with pipeline_parallel_size = {stages}: expected 1; its scheduler is "
+            f"modelled for one pipeline stage."
         )
     max_num_batched_tokens = policy.max_num_batched_tokens
     if not policy.enable_chunked_prefill and max_num_batched_tokens < max_model_len:

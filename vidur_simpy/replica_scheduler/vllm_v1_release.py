@@ -76,8 +76,5 @@ def release_of(vllm_version: str) -> Release:
         raise unknown_name("vllm_version", vllm_version, VLLM_VERSIONS)
     age = VLLM_VERSIONS.index
     return Release(
-        **{
-            rule.name: age(vllm_version) >= age(_SINCE[rule.name])
-            for rule in fields(Release)
-        }
+        **{rule.name: age(vllm_version) >= age(_SINCE[rule.name]) for rule in fields(Release)}
     )

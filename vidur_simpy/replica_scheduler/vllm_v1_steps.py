@@ -283,6 +283,12 @@ class Step(Batch):
             if state.request not in in_chunks and self._takes_in(state)
         ]
 
+    def prefilled(self) -> list[Request]:
+        """Return the requests whose prefill it completed, preempted ones included."""
+        in_chunks = {chunk.request for chunk in self.prefills}
+        late = [state.request for state in self.late if state.request in in_chunks]
+        return super().prefilled() + late
+
     def requests(self) -> list[tuple[Request, int]]:
         """Return all requests in the order of the plan, with their tokens. O(running).
 
