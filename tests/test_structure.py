@@ -24,8 +24,9 @@ FLOORS = [
     ["deployment", "prefix_cache"],
     ["kernel", "workload", "execution_time", "global_scheduler", "replica_scheduler"],
     ["metrics", "series", "storage", "summary"],
-    ["processes", "cluster", "plots"],
-    ["config", "result"],
+    ["processes", "cluster", "drawing"],
+    ["config", "plots"],
+    ["result"],
     ["simulation"],
     ["cli"],
 ]

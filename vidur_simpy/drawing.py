@@ -16,6 +16,35 @@ if TYPE_CHECKING:
 
     from vidur_simpy.result import Result
 
+__all__ = [
+    "ABOVE",
+    "BATCH_KINDS",
+    "BLUE",
+    "COLOURS",
+    "DEFAULT_BATCHES",
+    "GREEN",
+    "LINE_STYLES",
+    "MARKS",
+    "MAX_BARS",
+    "MAX_NUMBERED_ROWS",
+    "MAX_ROW_LABELS",
+    "MAX_STEPS",
+    "NUM_SPANS",
+    "ORANGE",
+    "SKY_BLUE",
+    "VERMILLION",
+    "count",
+    "draw_steps",
+    "label_of",
+    "make_axes",
+    "make_logarithmic",
+    "mark_look",
+    "marks_of",
+    "name_of",
+    "say_empty",
+    "unit_of",
+]
+
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY_BLUE, BLACK = (
     "#0072B2",
     "#E69F00",

@@ -1,8 +1,7 @@
 """Prefix caching: KV-cache blocks that stay findable by their content after they are freed.
 
-Every block has one of three lives: held by the requests that use it, free and blank, or free and
-cached, that is, still found under its key until it is handed out again. Which rules decide is said
-by vLLM V1, whose cache this is.
+A block is held by requests, or free and blank, or free and cached: still found under its key until
+it is handed out again. The rules are those of vLLM V1.
 """
 
 from __future__ import annotations
@@ -17,33 +16,33 @@ __all__ = ["Block", "BlockKeys", "PrefixCache", "Prefixes", "num_unheld"]
 
 
 class Block:
-    """One KV-cache block.
+    """A KV-cache block whose content is known.
 
     Attributes
     ----------
     key : int or None
-        Stands for its content and for all tokens before it, once it is full and registered.
+        Stands for its content and for all tokens before it; None for a blank one.
     num_holders : int
         Requests that use it.
     """
 
     __slots__ = ("key", "num_holders")
 
-    def __init__(self) -> None:
-        self.key: int | None = None
-        self.num_holders = 0
+    def __init__(self, key: int | None, num_holders: int) -> None:
+        self.key = key
+        self.num_holders = num_holders
 
 
 class PrefixCache:
     """The blocks of a replica by their content.
 
-    Blank blocks are all alike, so only the cached ones are kept in order; how many are free is
-    counted by the pool.
+    Blank blocks are all alike and only counted, by the pool; the others are kept in the order in
+    which they will be reused.
 
     Parameters
     ----------
     pool : BlockPool
-        Counts the blocks; what is taken and released here is reserved and freed there.
+        What is taken and released here is reserved and freed there.
     reuses_blank_first : bool
         Whether a freed block without content is reused before all cached ones; otherwise it
         queues up behind them.
@@ -56,12 +55,11 @@ class PrefixCache:
     Examples
     --------
     >>> cache = PrefixCache(BlockPool(num_blocks=2, block_size=16))
-    >>> blocks = cache.take(2)
-    >>> cache.register(blocks[0], key=7)
-    >>> cache.release(blocks)
+    >>> cache.take(2)
+    >>> cache.release([cache.register(key=7)], num_blank=1)
     >>> len(cache.longest_hit([7, 8]))
     1
-    >>> _ = cache.take(2)  # the blank one first, then the cached one
+    >>> cache.take(2)  # the blank one first, then the cached one
     >>> cache.longest_hit([7, 8]), cache.num_evicted_blocks
     ([], 1)
     """
@@ -70,31 +68,36 @@ class PrefixCache:
         self.pool = pool
         self.reuses_blank_first = reuses_blank_first
         self.num_evicted_blocks = 0
-        # Free blocks that are not just any blank one, the next to be handed out first.
+        # Free blocks that are not just any blank one, the next to be reused first.
         self._queue: OrderedDict[Block, None] = OrderedDict()
-        # Key -> the blocks registered under it that are still there, the earliest first.
-        self._cached: dict[int, list[Block]] = {}
+        # By key: the block registered first of those still there, and the others in their order.
+        self._cached: dict[int, Block] = {}
+        self._copies: dict[int, list[Block]] = {}
 
     def __len__(self) -> int:
         """Return how many contents are cached; blocks of equal content count once."""
         return len(self._cached)
 
-    def take(self, num_blocks: int) -> list[Block]:
+    def take(self, num_blocks: int) -> None:
         """Hand out free blocks; cached ones are forgotten, longest free first.
 
         The caller has made sure that they are there.
         """
-        num_blank = min(num_blocks, self.pool.num_free - len(self._queue))
+        num_queued = num_blocks - (self.pool.num_free - len(self._queue))
         self.pool.reserve(num_blocks)
-        blocks = [Block() for _ in range(num_blank)]
-        for _ in range(num_blocks - num_blank):
+        for _ in range(num_queued):
             block, _ = self._queue.popitem(last=False)
-            if block.key is not None:
-                self._evict(block)
-            blocks.append(block)
-        for block in blocks:
-            block.num_holders = 1
-        return blocks
+            self._forget(block)
+
+    def register(self, key: int) -> Block:
+        """Let a block that was taken, and is full now, be found under `key`.
+
+        Others of the same content stay beside it.
+        """
+        block = Block(key, num_holders=1)
+        if self._cached.setdefault(key, block) is not block:
+            self._copies.setdefault(key, []).append(block)
+        return block
 
     def touch(self, blocks: Iterable[Block]) -> None:
         """Let one more request hold cached blocks; those that were free are so no longer."""
@@ -104,42 +107,46 @@ class PrefixCache:
                 self.pool.reserve(1)
             block.num_holders += 1
 
-    def release(self, blocks: Sequence[Block]) -> None:
-        """Let go of all blocks of one request, given in the order of its tokens.
+    def release(self, blocks: Sequence[Block], num_blank: int) -> None:
+        """Let go of all blocks of one request: in order of its tokens, and the blank ones behind.
 
         The last one goes first, so that of one prefix the deepest blocks are evicted first.
         """
+        self.pool.free(num_blank)
+        if not self.reuses_blank_first:
+            self._queue.update((Block(None, num_holders=0), None) for _ in range(num_blank))
         for block in reversed(blocks):
             block.num_holders -= 1
             if not block.num_holders:
                 self.pool.free(1)
-                if block.key is not None or not self.reuses_blank_first:
-                    self._queue[block] = None
-
-    def register(self, block: Block, key: int) -> None:
-        """Let a full block be found under `key`; others of the same content stay beside it."""
-        assert block.key is None, f"a block is registered under {block.key} and again under {key}"
-        block.key = key
-        self._cached.setdefault(key, []).append(block)
+                self._queue[block] = None
 
     def longest_hit(self, keys: Iterable[int]) -> list[Block]:
         """Return the cached blocks of the longest prefix of `keys`; changes nothing."""
         blocks = []
         for key in keys:
-            found = self._cached.get(key)
-            if found is None:
+            block = self._cached.get(key)
+            if block is None:
                 break
-            blocks.append(found[0])
+            blocks.append(block)
         return blocks
 
-    def _evict(self, block: Block) -> None:
-        assert block.key is not None, "a blank block is not cached"
-        same = self._cached[block.key]
-        same.remove(block)
-        if not same:
-            del self._cached[block.key]
-        block.key = None
+    def _forget(self, block: Block) -> None:
+        """Take a block that is handed out again out of the cache."""
+        key = block.key
+        if key is None:
+            return
         self.num_evicted_blocks += 1
+        copies = self._copies.get(key)
+        if copies is None:
+            del self._cached[key]
+            return
+        if self._cached[key] is block:
+            self._cached[key] = copies.pop(0)
+        else:
+            copies.remove(block)
+        if not copies:
+            del self._copies[key]
 
 
 def num_unheld(blocks: Iterable[Block]) -> int:

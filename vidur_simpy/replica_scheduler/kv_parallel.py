@@ -7,11 +7,15 @@ the batch lasts as long as the slowest of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.replica_scheduler.chunk_sizing import Draft, GrowingBatch, chunk_of
+
+if TYPE_CHECKING:
+    from vidur_simpy.execution_time import BatchCounts, StageTime
 
 __all__ = ["GroupedBatch", "GroupedDraft", "KVParallelBlocks", "slowest_group"]
 
@@ -261,10 +265,10 @@ class GroupedDraft(Draft):
         return GroupedBatch(self._decodes, self._chunks, self._parts)
 
 
-def slowest_group(stage_time: Callable[[Batch, int], float]) -> Callable[[Batch, int], float]:
+def slowest_group(stage_time: StageTime) -> StageTime:
     """Return stage times where a batch of several groups lasts as long as the slowest of them."""
 
-    def slowest(batch: Batch, stage_id: int) -> float:
+    def slowest(batch: BatchCounts, stage_id: int) -> float:
         if not isinstance(batch, GroupedBatch):
             return stage_time(batch, stage_id)
         return max(stage_time(part, stage_id) for part in batch.parts if part.num_tokens)

@@ -65,33 +65,35 @@ class RequestBlocks:
         num_tokens = len(hits) * self.pool.block_size
         self.cache.touch(hits)
         state.blocks = hits
-        state.num_registered = len(hits)
         state.request.start_prefill(num_tokens)
         self._num_hit_tokens += num_tokens
         self._num_queried_tokens += state.request.prefill_target
 
-    def take(self, state: RequestState, num_blocks: int) -> None:
-        """Give a request further blocks, which are free."""
+    def take(self, num_blocks: int) -> None:
+        """Take blocks that are free, for one request or for many."""
         if self.cache is None:
             self.pool.reserve(num_blocks)
         else:
-            state.blocks += self.cache.take(num_blocks)
+            self.cache.take(num_blocks)
 
     def register(self, state: RequestState, num_tokens: int) -> None:
         """Let the blocks that a request's first `num_tokens` tokens fill be found in the cache."""
-        first, stop = state.num_registered, num_tokens // self.pool.block_size
-        if self.cache is None or stop <= first:
+        if self.cache is None:
             return
         assert state.keys is not None, f"{state.request} was never looked up"
-        for block, key in zip(state.blocks[first:stop], state.keys.of(first, stop), strict=True):
-            self.cache.register(block, key)
-        state.num_registered = stop
+        keys = state.keys.of(len(state.blocks), num_tokens // self.pool.block_size)
+        state.blocks += map(self.cache.register, keys)
 
-    def release(self, state: RequestState, num_tokens: int) -> None:
-        """Free all blocks of a request, which are those of its first `num_tokens` tokens."""
+    def release(self, state: RequestState, num_tokens: int, num_filled: int) -> None:
+        """Free the blocks of a request's first `num_tokens` tokens, which are all it holds.
+
+        Those that `num_filled` tokens fill can be found from now on. Output tokens are like no
+        other request's, so that it is soon enough when the request itself could look for them.
+        """
+        num_blocks = self.pool.blocks_of(num_tokens)
         if self.cache is None:
-            self.pool.free(self.pool.blocks_of(num_tokens))
+            self.pool.free(num_blocks)
         else:
-            self.cache.release(state.blocks)
+            self.register(state, num_filled)
+            self.cache.release(state.blocks, num_blocks - len(state.blocks))
             state.blocks = []
-            state.num_registered = 0

@@ -204,7 +204,7 @@ class VllmV1Scheduler:
         left = plan.budget - lockstep.num_members
         if left < 0:
             return False
-        num_blocks = len(lockstep.beginning_a_block)
+        num_blocks = num_blocks_in_lockstep = lockstep.num_blocks_needed
         wanted = []
         for state in self.prefills:
             num_tokens = min(state.num_left, plan.cap)
@@ -220,21 +220,9 @@ class VllmV1Scheduler:
             return False
         for state, num_tokens in wanted:
             self._give(state, num_tokens, plan)
-        self._grow_lockstep()
+        self.blocks.take(num_blocks_in_lockstep)
         plan.budget = left
         return True
-
-    def _grow_lockstep(self) -> None:
-        """Take and register the blocks of a step of all who go in lockstep."""
-        blocks, lockstep = self.blocks, self.lockstep
-        if blocks.cache is None:
-            self.pool.reserve(len(lockstep.beginning_a_block))
-            return
-        for state in lockstep.beginning_a_block:
-            blocks.take(state, 1)
-            blocks.register(state, self._num_known(state))
-        for state in lockstep.filling_a_block:
-            blocks.register(state, self._num_known(state))
 
     def _walk_running(self, plan: Plan) -> None:
         """Plan one request after the other: somebody gets less, or has to go."""
@@ -248,11 +236,11 @@ class VllmV1Scheduler:
                     break  # nobody behind it is looked at
                 self._give(state, num_tokens, plan)
             plan.position += 1
-        for state in plan.order:
-            if state.joined_at is not None and state not in plan.num_tokens:
-                plan.skipped.append(state)
-                # Their outputs would do it, but nobody is admitted before who could find them.
-                self.blocks.register(state, self.lockstep.num_computed(state))
+        plan.skipped = [
+            state
+            for state in plan.order
+            if state.joined_at is not None and state not in plan.num_tokens
+        ]
 
     def _make_room(self, state: RequestState, num_tokens: int, plan: Plan) -> bool:
         """Preempt until the blocks of further tokens are free; False if `state` itself went."""
@@ -270,9 +258,12 @@ class VllmV1Scheduler:
 
         A token that a step in flight samples is still delivered.
         """
+        num_tokens += self._num_computed(victim)
+        num_known = num_tokens
         if self.in_flight and self._yields_a_token(victim):
             self.in_flight[-1].give_late(victim)
-        self._release(victim, self._num_computed(victim) + num_tokens)
+            num_known -= 1
+        self._release(victim, num_tokens, num_known)
         del self.running[victim]
         self.prefills.pop(victim, None)
         if victim.joined_at is not None:
@@ -337,29 +328,22 @@ class VllmV1Scheduler:
             return self.lockstep.num_computed(state)
         return state.request.num_scheduled_tokens if state.num_left else state.end - 1
 
-    def _num_known(self, state: RequestState) -> int:
-        """Tokens of a running request that are known; one in flight is not."""
-        if state.joined_at is None:
-            return state.request.prefill_target
-        is_in_flight = bool(self.in_flight) and self._yields_a_token(state)
-        return self.lockstep.num_computed(state) + 1 - is_in_flight
-
     def _num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
         """Blocks that further tokens take."""
         blocks_of, num_computed = self.pool.blocks_of, self._num_computed(state)
         return blocks_of(num_computed + num_tokens) - blocks_of(num_computed)
 
     def _give(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
-        """Plan tokens of a request, with their blocks; what they fill can be found from now on."""
+        """Plan tokens of a request, with their blocks; a prompt can be found from now on."""
         plan.num_tokens[state] = num_tokens
         plan.budget -= num_tokens
-        self.blocks.take(state, self._num_blocks_for(state, num_tokens))
-        num_computed = self._num_computed(state) + num_tokens
-        self.blocks.register(state, min(num_computed, self._num_known(state)))
+        self.blocks.take(self._num_blocks_for(state, num_tokens))
+        if state.joined_at is None:
+            self.blocks.register(state, self._num_computed(state) + num_tokens)
         self._hopeless = None
 
-    def _release(self, state: RequestState, num_tokens: int) -> None:
-        self.blocks.release(state, num_tokens)
+    def _release(self, state: RequestState, num_tokens: int, num_known: int) -> None:
+        self.blocks.release(state, num_tokens, num_known)
         self._hopeless = None
 
     # -- outputs -----------------------------------------------------------------------------
@@ -394,8 +378,7 @@ class VllmV1Scheduler:
 
     def _finish(self, state: RequestState) -> Request:
         request = state.request
-        self.blocks.register(state, state.end - 1)
-        self._release(state, state.end - 1)
+        self._release(state, state.end - 1, state.end - 1)
         self.lockstep.leave(request)
         del self.running[state], self._states[request]
         return request

@@ -31,9 +31,7 @@ class RequestState:
     skipped_at : int
         Last step of the lockstep that it was left out of.
     blocks : list of Block
-        What it holds, if there is a prefix cache; otherwise blocks are only counted.
-    num_registered : int
-        Blocks, from the first, that are in the prefix cache.
+        Those of its blocks, from the first, that are in the prefix cache; the rest are counted.
     keys : BlockKeys or None
         Made when first needed.
     """
@@ -44,7 +42,6 @@ class RequestState:
         "end",
         "joined_at",
         "keys",
-        "num_registered",
         "request",
         "skipped_at",
     )
@@ -56,7 +53,6 @@ class RequestState:
         self.joined_at: int | None = None
         self.skipped_at = -1
         self.blocks: list[Block] = []
-        self.num_registered = 0
         self.keys: BlockKeys | None = None
 
     @property
@@ -95,17 +91,12 @@ class Lockstep(SharedSteps):
         self.context = 0
         self._block_size = block_size
         self._ending: dict[int, dict[RequestState, None]] = {}
-        self._phases: list[dict[RequestState, None]] = [{} for _ in range(block_size)]
+        self._phases = [0] * block_size
 
     @property
-    def beginning_a_block(self) -> Collection[RequestState]:
-        """Members whose last block is full, so that the next step needs another."""
+    def num_blocks_needed(self) -> int:
+        """Blocks that the next step takes: one for each member whose last block is full."""
         return self._phases[self.num_planned % self._block_size]
-
-    @property
-    def filling_a_block(self) -> Collection[RequestState]:
-        """Members whose last block the next step fills."""
-        return self._phases[(self.num_planned + 1) % self._block_size]
 
     def num_computed(self, state: RequestState) -> int:
         """Tokens of a member that are computed, or will be by the steps planned."""
@@ -153,7 +144,7 @@ class Lockstep(SharedSteps):
     def _enter(self, state: RequestState) -> None:
         last_step, phase = self._future(state)
         self._ending.setdefault(last_step, {})[state] = None
-        self._phases[phase][state] = None
+        self._phases[phase] += 1
         self.num_members += 1
         self.context += self.num_computed(state)
 
@@ -163,7 +154,7 @@ class Lockstep(SharedSteps):
         del bucket[state]
         if not bucket:
             del self._ending[last_step]
-        del self._phases[phase][state]
+        self._phases[phase] -= 1
         self.num_members -= 1
         self.context -= self.num_computed(state)
 
