@@ -40,6 +40,17 @@ POLICIES = {
         max_num_batched_tokens=case.max_num_batched_tokens,
         max_waiting_iterations=case.max_waiting_iterations,
     ),
+    "mnemosyne": lambda case: vs.Mnemosyne(
+        ordering=case.ordering,
+        max_num_seqs=case.max_num_seqs,
+        chunk_size=case.chunk_size,
+        target_batch_time=None if case.chunk_size else case.target_batch_time,
+        deadline_multiplier=case.deadline_multiplier,
+        min_deadline=case.min_deadline,
+        long_request_threshold=case.long_request_threshold,
+        kv_parallel_size=case.kv_parallel_size,
+        max_num_tokens_per_kvp_group=case.max_num_tokens_per_kvp_group,
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -84,6 +85,7 @@ def assert_same(case: PlainCase, workload: list[tuple[float, int, int]]) -> None
         assert row["num_restarts"] == theirs["num_restarts"], (row, theirs)
         for name in REQUEST_TIMES:
             assert same(row[name], theirs[name]), (name, row, theirs)
+        assert same(row.get("deadline"), theirs["deadline"]), (row, theirs)
     batches = result.batches.to_dict("records")
     assert len(batches) == len(expected.batches)
     for row, theirs in zip(batches, expected.batches, strict=True):
@@ -100,3 +102,45 @@ def assert_same(case: PlainCase, workload: list[tuple[float, int, int]]) -> None
 def test_package_equals_oracle(scheduler: str, data: st.DataObject) -> None:
     """Requests, batches and events are equal, preemptions, ties and refusals included."""
     assert_same(*data.draw(cases(scheduler)))
+
+
+@st.composite
+def mnemosyne_cases(
+    draw: st.DrawFn, ordering: str
+) -> tuple[PlainCase, list[tuple[float, int, int]]]:
+    """As the others, with chunks of fixed size or sized by time, and one group or several."""
+    case, workload = draw(cases("sarathi"))
+    is_fixed = ordering == "fcfs" and draw(st.booleans())
+    # From what no batch can keep to what every prompt fits into.
+    slowest = case.base + (case.per_token + case.per_context_token) * case.max_model_len
+    target = draw(st.sampled_from([0.5 * case.base, 1.25 * case.base, 0.6 * slowest, 2 * slowest]))
+    case = replace(
+        case,
+        scheduler="mnemosyne",
+        ordering=ordering,
+        chunk_size=case.chunk_size if is_fixed else None,
+        target_batch_time=target,
+        deadline_multiplier=draw(st.sampled_from([1.0, 3.0])),
+        min_deadline=draw(st.sampled_from([0.125, 1.0, 8.0])),
+        long_request_threshold=draw(st.integers(1, 40)),
+        watermark=draw(st.sampled_from([0.0, 0.01, 0.1, 0.6])),
+    )
+    num_groups = draw(st.sampled_from([1, 1, 2, 3]))
+    if num_groups == 1 or case.num_blocks == 1:
+        return case, workload
+    # Groups are smaller than the longest request, or nothing would be shared.
+    num_blocks_each = draw(st.integers(1, case.num_blocks - 1))
+    return replace(
+        case,
+        num_blocks=max(num_blocks_each + 1, case.num_blocks // num_groups),
+        kv_parallel_size=num_groups,
+        max_num_tokens_per_kvp_group=num_blocks_each * case.block_size,
+    ), workload
+
+
+@pytest.mark.parametrize("ordering", ["fcfs", "edf", "lrs", "st"])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_mnemosyne_equals_oracle(ordering: str, data: st.DataObject) -> None:
+    """Each ordering decides as the plain oracle, its deadlines included."""
+    assert_same(*data.draw(mnemosyne_cases(ordering)))

@@ -169,6 +169,11 @@ def _arguments(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _value(key: str, value: Any, place: str, folder: Path) -> Any:
     """Return what a key's value stands for: an object where the key has a table of names."""
+    if isinstance(value, Mapping) and value.get("type") == PYTHON:
+        raise ConfigError(
+            f"{place} was the Python object {value.get('object')}, which a file cannot hold: pass "
+            f"it to simulate()."
+        )
     if key in TABLES and isinstance(value, str):
         value = {"type": value}
     if key in TABLES and isinstance(value, Mapping):
@@ -176,11 +181,6 @@ def _value(key: str, value: Any, place: str, folder: Path) -> Any:
         name = settings.pop("type", None)
         if name is None:
             raise ConfigError(f"{place} needs a type, one of {', '.join(TABLES[key])}.")
-        if name == PYTHON:
-            raise ConfigError(
-                f"{place} was the Python object {settings.get('object')}, which a file cannot "
-                f"hold: pass it to simulate()."
-            )
         if not isinstance(name, str) or name not in TABLES[key]:
             raise unknown_name(f"{place}.type", name, TABLES[key])
         return _build(TABLES[key][name], settings, place, folder)
@@ -234,14 +234,20 @@ def _plain(key: str, value: Any) -> Any:
         for name, cls in TABLES[key].items():
             if type(value) is cls:
                 return {"type": name, **_settings(value)}
-        return {"type": PYTHON, "object": getattr(value, "__qualname__", repr(value))}
+        return _told(value)
     if is_dataclass(value) and not isinstance(value, type):
         return _settings(value)
+    if callable(value):
+        return _told(value)
     if isinstance(value, Mapping):
         return {inner: _plain(inner, item) for inner, item in value.items()}
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_plain("", item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _told(value: Any) -> dict[str, Any]:
+    return {"type": PYTHON, "object": getattr(value, "__qualname__", repr(value))}
 
 
 def _settings(value: Any) -> dict[str, Any]:

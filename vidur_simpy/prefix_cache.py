@@ -15,29 +15,38 @@ from vidur_simpy.kv_cache import BlockPool
 __all__ = ["Block", "BlockKeys", "PrefixCache", "Prefixes", "num_unheld"]
 
 
+# Keys of free blocks that nobody looks for: without content, and with that of a request that is
+# gone and like no other.
+BLANK = -1
+ORPHANED = -2
+
+
 class Block:
-    """A KV-cache block whose content is known.
+    """A KV-cache block that requests may share.
 
     Attributes
     ----------
-    key : int or None
-        Stands for its content and for all tokens before it; None for a blank one.
+    key : int
+        Stands for its content and for all tokens before it.
     num_holders : int
         Requests that use it.
+    num_alike : int
+        Blocks that this one stands for: more than one only where nobody looks for them.
     """
 
-    __slots__ = ("key", "num_holders")
+    __slots__ = ("key", "num_alike", "num_holders")
 
-    def __init__(self, key: int | None, num_holders: int) -> None:
+    def __init__(self, key: int, num_holders: int = 0, num_alike: int = 1) -> None:
         self.key = key
         self.num_holders = num_holders
+        self.num_alike = num_alike
 
 
 class PrefixCache:
     """The blocks of a replica by their content.
 
-    Blank blocks are all alike and only counted, by the pool; the others are kept in the order in
-    which they will be reused.
+    Blocks are handed out as numbers; one gets an identity when it is registered under its key.
+    Free blocks are reused in this order: blank ones, then cached ones, the longest free first.
 
     Parameters
     ----------
@@ -56,7 +65,7 @@ class PrefixCache:
     --------
     >>> cache = PrefixCache(BlockPool(num_blocks=2, block_size=16))
     >>> cache.take(2)
-    >>> cache.release([cache.register(key=7)], num_blank=1)
+    >>> cache.release([cache.register(key=7)], num_orphaned=0, num_blank=1)
     >>> len(cache.longest_hit([7, 8]))
     1
     >>> cache.take(2)  # the blank one first, then the cached one
@@ -68,9 +77,10 @@ class PrefixCache:
         self.pool = pool
         self.reuses_blank_first = reuses_blank_first
         self.num_evicted_blocks = 0
-        # Free blocks that are not just any blank one, the next to be reused first.
+        # Free blocks but for the blank ones at the head, which are counted by the pool.
         self._queue: OrderedDict[Block, None] = OrderedDict()
-        # By key: the block registered first of those still there, and the others in their order.
+        self._num_queued = 0
+        # By key: of the blocks still there the one registered first, and the others in order.
         self._cached: dict[int, Block] = {}
         self._copies: dict[int, list[Block]] = {}
 
@@ -83,11 +93,10 @@ class PrefixCache:
 
         The caller has made sure that they are there.
         """
-        num_queued = num_blocks - (self.pool.num_free - len(self._queue))
+        num_blank = self.pool.num_free - self._num_queued
         self.pool.reserve(num_blocks)
-        for _ in range(num_queued):
-            block, _ = self._queue.popitem(last=False)
-            self._forget(block)
+        if num_blocks > num_blank:
+            self._reuse(num_blocks - num_blank)
 
     def register(self, key: int) -> Block:
         """Let a block that was taken, and is full now, be found under `key`.
@@ -104,22 +113,35 @@ class PrefixCache:
         for block in blocks:
             if not block.num_holders:
                 del self._queue[block]
+                self._num_queued -= 1
                 self.pool.reserve(1)
             block.num_holders += 1
 
-    def release(self, blocks: Sequence[Block], num_blank: int) -> None:
-        """Let go of all blocks of one request: in order of its tokens, and the blank ones behind.
+    def release(self, blocks: Sequence[Block], num_orphaned: int, num_blank: int) -> None:
+        """Let go of all blocks of one request.
 
         The last one goes first, so that of one prefix the deepest blocks are evicted first.
+
+        Parameters
+        ----------
+        blocks : sequence of Block
+            Those that were registered, in the order of the request's tokens.
+        num_orphaned : int
+            Full ones behind them that were not, because nobody will look for them. They are
+            evicted in their turn all the same.
+        num_blank : int
+            The rest.
         """
-        self.pool.free(num_blank)
-        if not self.reuses_blank_first:
-            self._queue.update((Block(None, num_holders=0), None) for _ in range(num_blank))
+        self.pool.free(num_orphaned + num_blank)
+        if num_blank and not self.reuses_blank_first:
+            self._enqueue(Block(BLANK, num_alike=num_blank))
+        if num_orphaned:
+            self._enqueue(Block(ORPHANED, num_alike=num_orphaned))
         for block in reversed(blocks):
             block.num_holders -= 1
             if not block.num_holders:
                 self.pool.free(1)
-                self._queue[block] = None
+                self._enqueue(block)
 
     def longest_hit(self, keys: Iterable[int]) -> list[Block]:
         """Return the cached blocks of the longest prefix of `keys`; changes nothing."""
@@ -131,12 +153,28 @@ class PrefixCache:
             blocks.append(block)
         return blocks
 
+    def _enqueue(self, block: Block) -> None:
+        self._queue[block] = None
+        self._num_queued += block.num_alike
+
+    def _reuse(self, num_blocks: int) -> None:
+        """Hand out the first blocks of the queue."""
+        self._num_queued -= num_blocks
+        while num_blocks:
+            block = next(iter(self._queue))
+            num_reused = min(num_blocks, block.num_alike)
+            num_blocks -= num_reused
+            block.num_alike -= num_reused
+            if not block.num_alike:
+                del self._queue[block]
+            if block.key != BLANK:
+                self.num_evicted_blocks += num_reused
+            if block.key >= 0:
+                self._forget(block)
+
     def _forget(self, block: Block) -> None:
         """Take a block that is handed out again out of the cache."""
         key = block.key
-        if key is None:
-            return
-        self.num_evicted_blocks += 1
         copies = self._copies.get(key)
         if copies is None:
             del self._cached[key]
@@ -207,6 +245,11 @@ class BlockKeys:
     num_prefill_tokens : int
         Length of the prompt.
 
+    Attributes
+    ----------
+    num_shareable : int
+        Blocks, from the first, that other requests may have, too.
+
     Examples
     --------
     Two prompts of 40 tokens whose second 32 differ share their first two blocks:
@@ -217,7 +260,7 @@ class BlockKeys:
     [True, True, False]
     """
 
-    __slots__ = ("_block_size", "_chain", "_hash_block_size", "_num_shareable", "_own")
+    __slots__ = ("_block_size", "_chain", "_hash_block_size", "_own", "num_shareable")
 
     def __init__(
         self,
@@ -231,12 +274,12 @@ class BlockKeys:
         self._own = prefixes.unique()
         self._hash_block_size = hash_block_size
         self._block_size = block_size
-        self._num_shareable = num_prefill_tokens // block_size if self._chain else 0
+        self.num_shareable = num_prefill_tokens // block_size if self._chain else 0
 
     def of(self, first: int, stop: int) -> Iterator[int]:
         """Yield the keys of the blocks with the indices `first` to ``stop - 1``."""
         for index in range(first, stop):
-            if index < self._num_shareable:
+            if index < self.num_shareable:
                 last_token = (index + 1) * self._block_size - 1
                 prefix = self._chain[last_token // self._hash_block_size]
             else:

@@ -63,7 +63,9 @@ def edf(request: Request) -> tuple[float, int]:
     SimulationError
         If the request has no deadline.
     """
-    return _deadline(request, "edf"), _number(request)
+    if request.deadline is None:
+        raise _no_deadline(request, "edf")
+    return request.deadline, _number(request)
 
 
 def sjf(request: Request) -> tuple[int, int]:
@@ -93,7 +95,9 @@ def lrs(remaining_time: Predictor) -> Callable[[Request, float], float]:
     """
 
     def slack_fraction(request: Request, now: float) -> float:
-        deadline = _deadline(request, "lrs")
+        deadline = request.deadline
+        if deadline is None:
+            raise _no_deadline(request, "lrs")
         given = request.deadline_time
         if given is None:
             assert request.arrived_at is not None
@@ -121,14 +125,12 @@ def _number(request: Request) -> int:
     return -1 if request.request_id is None else request.request_id
 
 
-def _deadline(request: Request, ordering: str) -> float:
-    if request.deadline is None:
-        raise SimulationError(
-            f"request {request.request_id} has no deadline, which the ordering {ordering!r} needs: "
-            f"give the workload a column 'deadline', Request(deadline=...), or an ordering of your "
-            f"own such as lambda request: request.arrived_at + 2.0; Mnemosyne derives deadlines."
-        )
-    return request.deadline
+def _no_deadline(request: Request, ordering: str) -> SimulationError:
+    return SimulationError(
+        f"request {request.request_id} has no deadline, which the ordering {ordering!r} needs: "
+        f"give the trace a column 'deadline' or the Request a deadline, take Mnemosyne, which "
+        f"derives them, or a key of your own such as lambda request: request.arrived_at + 2.0."
+    )
 
 
 ORDERINGS: dict[str, Key] = {"fcfs": fcfs, "edf": edf, "sjf": sjf, "priority": priority}

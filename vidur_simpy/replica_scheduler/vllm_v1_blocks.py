@@ -76,24 +76,37 @@ class RequestBlocks:
         else:
             self.cache.take(num_blocks)
 
-    def register(self, state: RequestState, num_tokens: int) -> None:
-        """Let the blocks that a request's first `num_tokens` tokens fill be found in the cache."""
-        if self.cache is None:
-            return
-        assert state.keys is not None, f"{state.request} was never looked up"
-        keys = state.keys.of(len(state.blocks), num_tokens // self.pool.block_size)
-        state.blocks += map(self.cache.register, keys)
+    def share(self, state: RequestState, num_tokens: int) -> None:
+        """Let other requests find the blocks that the first `num_tokens` tokens of one fill."""
+        if self.cache is not None:
+            assert state.keys is not None, f"{state.request} was never looked up"
+            num_filled = num_tokens // self.pool.block_size
+            self._register(self.cache, state, min(num_filled, state.keys.num_shareable))
 
-    def release(self, state: RequestState, num_tokens: int, num_filled: int) -> None:
+    def suspend(self, state: RequestState, num_tokens: int, num_findable: int) -> None:
         """Free the blocks of a request's first `num_tokens` tokens, which are all it holds.
 
-        Those that `num_filled` tokens fill can be found from now on. Output tokens are like no
-        other request's, so that it is soon enough when the request itself could look for them.
+        Those that `num_findable` tokens fill it can find when it comes back.
         """
         num_blocks = self.pool.blocks_of(num_tokens)
         if self.cache is None:
             self.pool.free(num_blocks)
-        else:
-            self.register(state, num_filled)
-            self.cache.release(state.blocks, num_blocks - len(state.blocks))
-            state.blocks = []
+            return
+        self._register(self.cache, state, num_findable // self.pool.block_size)
+        self.cache.release(state.blocks, 0, num_blocks - len(state.blocks))
+        state.blocks = []
+
+    def finish(self, state: RequestState, num_tokens: int) -> None:
+        """Free the blocks of a request's first `num_tokens` tokens for good."""
+        num_blocks = self.pool.blocks_of(num_tokens)
+        if self.cache is None:
+            self.pool.free(num_blocks)
+            return
+        # What only the request itself would find needs no entry any more.
+        num_filled = num_tokens // self.pool.block_size
+        num_orphaned = num_filled - len(state.blocks)
+        self.cache.release(state.blocks, num_orphaned, num_blocks - num_filled)
+
+    def _register(self, cache: PrefixCache, state: RequestState, stop: int) -> None:
+        assert state.keys is not None, f"{state.request} was never looked up"
+        state.blocks += map(cache.register, state.keys.of(len(state.blocks), stop))

@@ -117,6 +117,7 @@ class VllmV1Scheduler:
         while (self.running or self.waiting) and not self._waits_for_outputs:
             step = self._plan_step(now)
             if step is not None:
+                step.is_ahead = bool(self.in_flight)
                 self.in_flight.append(step)
                 return step
             self._waits_for_outputs = bool(self.in_flight)
@@ -258,12 +259,17 @@ class VllmV1Scheduler:
 
         A token that a step in flight samples is still delivered.
         """
-        num_tokens += self._num_computed(victim)
-        num_known = num_tokens
+        num_in_cache = self._num_computed(victim) + num_tokens
+        num_findable = num_in_cache
         if self.in_flight and self._yields_a_token(victim):
-            self.in_flight[-1].give_late(victim)
-            num_known -= 1
-        self._release(victim, num_tokens, num_known)
+            step = self.in_flight[-1]
+            step.give_late(victim)
+            # What a token fills is entered when it is planned again, or was known when planned.
+            was_known = not step.is_ahead or victim.skipped_at == step.number - 1
+            if num_tokens or not was_known:
+                num_findable = max(num_findable - 1, victim.request.prefill_target)
+        self.blocks.suspend(victim, num_in_cache, num_findable)
+        self._hopeless = None
         del self.running[victim]
         self.prefills.pop(victim, None)
         if victim.joined_at is not None:
@@ -339,11 +345,7 @@ class VllmV1Scheduler:
         plan.budget -= num_tokens
         self.blocks.take(self._num_blocks_for(state, num_tokens))
         if state.joined_at is None:
-            self.blocks.register(state, self._num_computed(state) + num_tokens)
-        self._hopeless = None
-
-    def _release(self, state: RequestState, num_tokens: int, num_known: int) -> None:
-        self.blocks.release(state, num_tokens, num_known)
+            self.blocks.share(state, self._num_computed(state) + num_tokens)
         self._hopeless = None
 
     # -- outputs -----------------------------------------------------------------------------
@@ -378,7 +380,8 @@ class VllmV1Scheduler:
 
     def _finish(self, state: RequestState) -> Request:
         request = state.request
-        self._release(state, state.end - 1, state.end - 1)
+        self.blocks.finish(state, state.end - 1)
+        self._hopeless = None
         self.lockstep.leave(request)
         del self.running[state], self._states[request]
         return request

@@ -222,6 +222,10 @@ class Step(Batch):
 
     Attributes
     ----------
+    number : int
+        Its number in the lockstep.
+    is_ahead : bool
+        Whether another one was in flight when it was planned.
     ending : list of RequestState
         Requests whose last token this step samples.
     skipped : sequence of RequestState
@@ -230,7 +234,7 @@ class Step(Batch):
         Requests preempted while this step, which samples a token of theirs, was in flight.
     """
 
-    __slots__ = ("_running", "ending", "late", "number", "skipped")
+    __slots__ = ("_running", "ending", "is_ahead", "late", "number", "skipped")
 
     def __init__(
         self,
@@ -247,6 +251,7 @@ class Step(Batch):
         self.total_context += decode_context
         self.num_attention_pairs += decode_context
         self.number = number
+        self.is_ahead = False
         self.ending: list[RequestState] = []
         self.skipped: Sequence[RequestState] = ()
         self.late: list[RequestState] = []
