@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.columns import COLUMNS
 from vidur_simpy.entities import Batch, Request
 from vidur_simpy.kernel import Environment, EventType, TypedEvent
+
+if TYPE_CHECKING:
+    from vidur_simpy.deployment import Deployment
+    from vidur_simpy.processes import Replica
 
 __all__ = [
     "RECORDS",
@@ -19,6 +23,8 @@ __all__ = [
     "StageLog",
     "Timeline",
     "TokenLog",
+    "replica_columns",
+    "timeline_columns",
 ]
 
 
@@ -128,6 +134,47 @@ def _request_row(request: Request) -> tuple[Any, ...]:
         return row
     times = request.decode_set.times_of(request)
     return (*row[:_EXECUTION_TIME], *times, *row[_EXECUTION_TIME + 2 :])
+
+
+def replica_columns(
+    replicas: Sequence[Replica], deployment: Deployment, now: float
+) -> dict[str, list[Any]]:
+    """Return what each replica has done up to `now` (seconds), by column."""
+    peak = deployment.peak_flops * deployment.num_devices * now
+    rows = [_replica_row(replica, deployment, now, peak) for replica in replicas]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _replica_row(
+    replica: Replica, deployment: Deployment, now: float, peak: float
+) -> dict[str, Any]:
+    num_tokens = replica.num_prefill_tokens + replica.num_decode_tokens
+    pool = replica.pool
+    return {
+        "replica_id": replica.replica_id,
+        "num_requests": replica.num_requests,
+        "num_batches": replica.num_batches,
+        "num_restarts": replica.num_restarts,
+        "num_prefill_tokens": replica.num_prefill_tokens,
+        "num_decode_tokens": replica.num_decode_tokens,
+        "num_blocks": pool.num_blocks,
+        "utilisation": replica.utilisation,
+        "kv_cache_usage_mean": pool.mean_usage(now),
+        "kv_cache_usage_peak": 1 - pool.num_free_least / pool.num_blocks,
+        "mfu": deployment.flops(num_tokens, replica.num_attention_pairs) / peak if peak else 0.0,
+        # A scheduler may have figures of its own, such as a prefix cache's hit rate.
+        **getattr(replica.scheduler, "figures", {}),
+    }
+
+
+def timeline_columns(replicas: Sequence[Replica]) -> dict[str, list[Any]]:
+    """Return the samples of all replicas by column, in order of time."""
+    rows = sorted(
+        (now, replica.replica_id, running, waiting, usage)
+        for replica in replicas
+        for now, running, waiting, usage in replica.timeline.rows
+    )
+    return _columns("timeline", rows)
 
 
 class BatchLog:

@@ -16,7 +16,13 @@ from vidur_simpy.config import dump_config
 from vidur_simpy.entities import Request
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
-from vidur_simpy.metrics import RECORDS, RequestLog, Timeline
+from vidur_simpy.metrics import (
+    RECORDS,
+    RequestLog,
+    Timeline,
+    replica_columns,
+    timeline_columns,
+)
 from vidur_simpy.processes import Replica, Router, arrivals
 from vidur_simpy.result import Result
 from vidur_simpy.workload import RequestArrays, Trace, Workload
@@ -25,9 +31,6 @@ __all__ = ["Simulation", "simulate"]
 
 # Each source of randomness has its own generator, spawned from the seed. Append only.
 STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
-
-# Rows of a workload that are turned from columns into numbers at a time.
-CHUNK = 4096
 
 # Rows of the timeline, shared by the replicas.
 TIMELINE_ROWS = 8_192
@@ -160,24 +163,9 @@ class Simulation:
         self.env.process(arrivals(self.env, self._arriving(table), self.router))
 
     def _arriving(self, table: RequestArrays) -> Iterator[Request]:
-        """Make each request just before it arrives, so that those to come take no memory."""
-        optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
-        given = [name for name in optional if getattr(table, name) is not None]
-        for start in range(0, len(table), CHUNK):
-            rows = slice(start, start + CHUNK)
-            columns = [
-                column[rows].tolist()
-                for column in (table.num_prefill_tokens, table.num_decode_tokens, table.arrived_at)
-            ]
-            for index, (prefill, decode, arrived_at) in enumerate(
-                zip(*columns, strict=True), start
-            ):
-                request = Request(prefill, decode, arrived_at, request_id=index)
-                for name in given:
-                    setattr(request, name, _plain(getattr(table, name)[index]))
-                request.hash_block_size = table.hash_block_size
-                self._live[request.request_id] = request  # type: ignore[index]
-                yield request
+        for request in table.iterate():
+            self._live[request.request_id] = request  # type: ignore[index]
+            yield request
 
     def _refusal(self, request: Request) -> str:
         longest = self.cluster.max_tokens
@@ -313,8 +301,8 @@ class Simulation:
         """Return everything computed so far; the simulation can go on afterwards."""
         tables: dict[str, Any] = {
             "requests": self._request_log.columns(self._arrived()),
-            "replicas": self._replica_table(),
-            "timeline": self._timeline_table(),
+            "replicas": replica_columns(self.replicas, self.cluster.deployment, self.env.now),
+            "timeline": timeline_columns(self.replicas),
         }
         tables.update((name, log.columns()) for name, log in self._logs.items())
         config = dump_config(
@@ -336,8 +324,6 @@ class Simulation:
             },
         )
 
-    # -- tables ------------------------------------------------------------------------------
-
     def _arrived(self) -> list[Request]:
         now = self.env.now
         return [
@@ -345,45 +331,6 @@ class Simulation:
             for request in self._live.values()
             if request.arrived_at is not None and request.arrived_at <= now
         ]
-
-    def _replica_table(self) -> dict[str, list[Any]]:
-        now = self.env.now
-        deployment = self.cluster.deployment
-        peak = deployment.peak_flops * deployment.num_devices * now
-        rows = [
-            {
-                "replica_id": replica.replica_id,
-                "num_requests": replica.num_requests,
-                "num_batches": replica.num_batches,
-                "num_restarts": replica.num_restarts,
-                "num_prefill_tokens": replica.num_prefill_tokens,
-                "num_decode_tokens": replica.num_decode_tokens,
-                "num_blocks": replica.pool.num_blocks,
-                "utilisation": replica.utilisation,
-                "kv_cache_usage_mean": replica.pool.mean_usage(now),
-                "kv_cache_usage_peak": 1 - replica.pool.num_free_least / replica.pool.num_blocks,
-                "mfu": deployment.flops(
-                    replica.num_prefill_tokens + replica.num_decode_tokens,
-                    replica.num_attention_pairs,
-                )
-                / peak
-                if peak
-                else 0.0,
-                **getattr(replica.scheduler, "figures", {}),
-            }
-            for replica in self.replicas
-        ]
-        return {name: [row[name] for row in rows] for name in rows[0]}
-
-    def _timeline_table(self) -> dict[str, list[Any]]:
-        rows = sorted(
-            (now, replica.replica_id, running, waiting, usage)
-            for replica in self.replicas
-            for now, running, waiting, usage in replica.timeline.rows
-        )
-        names = ("time", "replica_id", "num_running", "num_waiting", "kv_cache_usage")
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in names]
-        return dict(zip(names, columns, strict=True))
 
     def _progress_bar(self) -> Any:
         with warnings.catch_warnings():
@@ -447,16 +394,6 @@ def simulate(
     )
     simulation.run(until)
     return simulation.result()
-
-
-def _plain(value: Any) -> Any:
-    """Return a cell of a column as a Python value; NaN and the empty text stand for None."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if not isinstance(value, np.generic):
-        return value
-    value = value.item()
-    return None if value == "" or value != value else value
 
 
 def _checked_seed(seed: int) -> int:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vidur_simpy.entities import Request
 from vidur_simpy.errors import ConfigError
 
 __all__ = ["MAX_TOKENS", "RequestArrays"]
 
 #: Longest prompt or output. Products of two lengths then still fit 64 bits.
 MAX_TOKENS = 2**30
+
+# Rows turned from columns into numbers at a time.
+_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +98,37 @@ class RequestArrays:
             columns["hash_ids"] = [self.hash_ids[row] for row in np.arange(len(self))[rows]]
         return dataclasses.replace(self, **columns)
 
+    def iterate(self) -> Iterator[Request]:
+        """Make each request when it is asked for, so that those to come take no memory.
+
+        >>> next(RequestArrays([0.5], [100], [10]).iterate())
+        <Request 0: 0 of 100 + 10 tokens>
+        """
+        optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
+        given = [name for name in optional if getattr(self, name) is not None]
+        for start in range(0, len(self), _ROWS_AT_A_TIME):
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            columns = (self.num_prefill_tokens, self.num_decode_tokens, self.arrived_at)
+            numbers = zip(*(column[rows].tolist() for column in columns), strict=True)
+            for index, (prefill, decode, arrived_at) in enumerate(numbers, start):
+                request = Request(prefill, decode, arrived_at, request_id=index)
+                for name in given:
+                    setattr(request, name, _plain(getattr(self, name)[index]))
+                request.hash_block_size = self.hash_block_size
+                yield request
+
     def _columns(self) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(self)]
         columns = {name: getattr(self, name) for name in names if name != "hash_block_size"}
         return {name: values for name, values in columns.items() if values is not None}
+
+
+def _plain(cell: Any) -> Any:
+    """Return a cell as a Python value; NaN and the empty text stand for None."""
+    if isinstance(cell, np.ndarray):
+        return cell.tolist()
+    cell = cell.item() if isinstance(cell, np.generic) else cell
+    return None if cell == "" or cell != cell else cell
 
 
 def _instants(given: ArrayLike) -> NDArray[np.float64]:
