@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from vidur_simpy.entities import Batch, PrefillChunk, Request
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vidur_simpy.replica_scheduler.vllm_v1 import VllmV1
 
 __all__ = ["VllmV1Scheduler"]
+
+_admission = attrgetter("admission")
+_unimportance = attrgetter("request.priority", "request.arrived_at")
 
 
 class VllmV1Scheduler:
@@ -248,7 +252,7 @@ class VllmV1Scheduler:
         while self._num_blocks_for(state, num_tokens) > self.pool.num_free:
             victim = plan.order[-1]
             if self.policy.policy == "priority":
-                victim = max(plan.order, key=_urgency)  # of equals, the first
+                victim = max(plan.order, key=_unimportance)  # of equals, the first
             self._preempt(victim, plan.take_back(victim, self.release))
             if victim is state:
                 return False
@@ -402,14 +406,3 @@ class VllmV1Scheduler:
         self.waiting.remove(request)
         del self._states[request]
         return True
-
-
-def _urgency(state: RequestState) -> tuple[int, float]:
-    """Return what makes a victim under the priority policy: the largest goes first."""
-    request = state.request
-    assert request.arrived_at is not None
-    return request.priority, request.arrived_at
-
-
-def _admission(state: RequestState) -> int:
-    return state.admission

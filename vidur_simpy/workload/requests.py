@@ -49,7 +49,8 @@ class RequestArrays:
     Raises
     ------
     ConfigError
-        For columns of unequal length, times that are not ascending or lengths below one.
+        For columns of unequal length, times that are not ascending, lengths below one, or hash
+        ids that do not fit the prompts.
 
     Examples
     --------
@@ -81,6 +82,8 @@ class RequestArrays:
                 raise ConfigError(
                     f"{name} has {len(values)} rows, arrived_at has {len(self)}: expected as many."
                 )
+        if self.hash_ids is not None:
+            _check_hash_ids(self.hash_ids, self.num_prefill_tokens, self.hash_block_size)
 
     def __len__(self) -> int:
         return len(self.arrived_at)
@@ -143,6 +146,21 @@ def _instants(given: ArrayLike) -> NDArray[np.float64]:
             f"arrived_at[{row}] = {times[row]}: expected finite seconds >= 0 in ascending order."
         )
     return times
+
+
+def _check_hash_ids(
+    hash_ids: Sequence[NDArray[np.int64]], num_prefill_tokens: NDArray[np.int64], block_size: int
+) -> None:
+    if block_size < 1:
+        raise ConfigError(f"hash_block_size = {block_size}: expected at least 1.")
+    needed = -(-num_prefill_tokens // block_size)
+    bad = needed != [len(ids) for ids in hash_ids]
+    if bad.any():
+        row = int(bad.argmax())
+        raise ConfigError(
+            f"hash_ids[{row}] has {len(hash_ids[row])} ids, expected {needed[row]} for a prompt of "
+            f"{num_prefill_tokens[row]} tokens (hash_block_size = {block_size})."
+        )
 
 
 def _lengths(given: ArrayLike, name: str) -> NDArray[np.int64]:
