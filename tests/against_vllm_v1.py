@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from oracle.vllm_v1 import PlainVllmV1Case, PlainVllmV1Request
+from oracle.vllm_v1 import PlainVllmV1Case, PlainVllmV1Request, PlainVllmV1Step
 
 import vidur_simpy as vs
 from vidur_simpy.replica_scheduler.vllm_v1_scheduler import VllmV1Scheduler
@@ -31,7 +31,7 @@ SETTINGS = (
 
 @dataclass
 class SeenStep:
-    """A step with tokens or preemptions, with the names of the plain engine's rows."""
+    """A step with tokens or preemptions, named as the plain engine names it; times in seconds."""
 
     sched: float
     start: float = float("nan")
@@ -45,6 +45,20 @@ class SeenStep:
     waiting: int = 0
     free_blocks: int = 0
     free_blocks_end: int = -1
+
+    def assert_equals(self, theirs: PlainVllmV1Step, *, ticks: float, tolerance: float) -> None:
+        """Say that it is what the plain engine did; times to `tolerance` seconds."""
+        names = ["tokens", "kv_tokens", "hits", "preempted", "running", "waiting", "free_blocks"]
+        times = ["sched"]
+        if theirs.tokens:  # a step without tokens begins and ends nowhere
+            names.append("free_blocks_end")
+            times += ["start", "end"]
+        for name in names:
+            assert getattr(self, name) == getattr(theirs, name), (name, self, theirs)
+        assert list(self.scheduled.items()) == list(theirs.scheduled.items()), (self, theirs)
+        for name in times:
+            expected = getattr(theirs, f"{name}_ns") / ticks
+            assert abs(getattr(self, name) - expected) <= tolerance, (name, self, theirs)
 
 
 class Watched(VllmV1Scheduler):
@@ -60,7 +74,9 @@ class Watched(VllmV1Scheduler):
         running = set(self.running)
         batch = super()._plan_step(now)
         preempted = [
-            request.request_id for request, count in restarts.items() if request.num_restarts > count
+            request.request_id
+            for request, count in restarts.items()
+            if request.num_restarts > count
         ]
         if batch is None and not preempted:
             return None
@@ -68,8 +84,6 @@ class Watched(VllmV1Scheduler):
         step.running, step.waiting = self.num_running, self.num_waiting
         self.steps.append(step)
         if batch is None:
-            step.start = step.end = now
-            step.free_blocks_end = self.pool.num_free
             return None
         step.tokens, step.kv_tokens = batch.num_tokens, batch.total_context
         step.scheduled = {request.request_id: count for request, count in batch.requests()}
@@ -90,18 +104,16 @@ class Watched(VllmV1Scheduler):
 
 
 class Given:
-    """A workload of given requests; a nanosecond of theirs is ``1 / ticks`` seconds."""
+    """A workload of given requests, whose times are in so many ticks per second."""
 
-    def __init__(
-        self, workload: Sequence[PlainVllmV1Request], hash_block_size: int | None, ticks: float
-    ) -> None:
+    def __init__(self, workload: Sequence[PlainVllmV1Request], hash_size: int | None, ticks: float):
         self.workload = sorted(workload, key=lambda request: request.arrival_ns)
-        self.hash_block_size = hash_block_size
+        self.hash_size = hash_size
         self.ticks = ticks
 
     def requests(self, *_: Any) -> RequestArrays:
         given = self.workload
-        has_ids = self.hash_block_size is not None and any(row.hash_ids for row in given)
+        has_ids = self.hash_size is not None and any(row.hash_ids for row in given)
         return RequestArrays(
             np.array([row.arrival_ns for row in given]) / self.ticks,
             np.array([row.num_prompt_tokens for row in given]),
@@ -109,7 +121,7 @@ class Given:
             request_id=np.array([row.request_id for row in given]),
             priority=np.array([row.priority for row in given]),
             hash_ids=[np.array(row.hash_ids, np.int64) for row in given] if has_ids else None,
-            hash_block_size=self.hash_block_size or 512,
+            hash_block_size=self.hash_size or 512,
         )
 
 
@@ -143,7 +155,8 @@ def simulation_of(
 ) -> vs.Simulation:
     """A simulation whose only replica notes its steps, in ``replicas[0].scheduler.steps``.
 
-    With ``ticks=1`` all times are whole numbers of seconds, and so are all sums of them exact.
+    With ``ticks=1`` all times are whole numbers of seconds, so that sums of them are exact and
+    what happens at one instant in the plain engine does so here.
     """
 
     def watched(resources: Any) -> Watched:

@@ -60,7 +60,8 @@ class Cluster:
     execution_time : ExecutionTime, str or callable
         A callable gives the seconds of a batch, ``f(batch)`` or ``f(batch, stage_id)``.
     sequence_pipeline_parallel : bool
-        Let the chunks of one prompt follow each other through the pipeline (``sarathi``).
+        Let the chunks of one prompt follow each other through the pipeline (``sarathi`` and
+        ``mnemosyne``).
 
     Raises
     ------

@@ -63,9 +63,10 @@ class Mnemosyne:
     Context Length LLM Inference Requests Without Approximations", 2024, as Vidur has it, whose
     quirks that decide are kept: a batch's predicted time ignores the decodes until the first
     prompt has joined; at most ten requests of a queue are passed over; a long decode counts as a
-    long request and keeps long prompts out; a decode waits for a free block even when its step
-    takes none. Unlike in Vidur `deadline_multiplier` has an effect, and ten requests that need
-    memory cannot stop a replica on which nothing runs.
+    long request and keeps long prompts out; a prompt that has its memory keeps it, and its place,
+    while more urgent ones arrive; a decode waits for a free block even when its step takes none.
+    Unlike in Vidur `deadline_multiplier` has an effect, and ten requests that need memory cannot
+    stop a replica on which nothing runs.
 
     With one group a step costs what has changed; with several it costs every request in the batch.
 
