@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import simpy
 
@@ -53,13 +54,20 @@ def near_saturation(num_requests: int) -> vs.Simulation:
     return vs.Simulation(cluster, workload, progress=False)
 
 
-def decoding(num_running: int, num_iterations: int) -> vs.Simulation:
+SCHEDULERS: dict[str, Callable[[int], object]] = {
+    "sarathi": lambda n: vs.Sarathi(max_num_seqs=n, chunk_size=16 * n),
+    "vllm_v1": lambda n: vs.VllmV1(max_num_seqs=n, max_num_batched_tokens=16 * n),
+    "mnemosyne": lambda n: vs.Mnemosyne(max_num_seqs=n, chunk_size=16 * n, target_batch_time=None),
+}
+
+
+def decoding(scheduler: str, num_running: int, num_iterations: int) -> vs.Simulation:
     """So many requests that decode together for so many iterations, and nothing else."""
     cluster = vs.Cluster(
         model="llama-3.1-8b",
         device="h100-80gb-sxm",
         kv_cache=vs.KVCache(num_blocks=2_000_000),
-        replica_scheduler=vs.Sarathi(max_num_seqs=num_running, chunk_size=16 * num_running),
+        replica_scheduler=SCHEDULERS[scheduler](num_running),
         execution_time=LINEAR,
     )
     lengths = vs.FixedLengths(num_prefill_tokens=16, num_decode_tokens=num_iterations)
@@ -88,8 +96,11 @@ def run(num_requests: int, repetitions: int) -> dict[str, dict[str, float]]:
     steps = max(20, num_requests)
     workloads: dict[str, Callable[[], vs.Simulation]] = {
         "near saturation": lambda: near_saturation(num_requests),
-        "8 decoding": lambda: decoding(8, steps),
-        "512 decoding": lambda: decoding(512, steps),
+        **{
+            f"{scheduler}, {num_running} decoding": partial(decoding, scheduler, num_running, steps)
+            for scheduler in SCHEDULERS
+            for num_running in (8, 512)
+        },
     }
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in workloads}
     for _ in range(repetitions):
@@ -113,19 +124,20 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     figures = run(arguments.requests, arguments.repetitions)
-    print(f"{'workload':<16} {'iterations/s':>13} {'requests/s':>11} {'events/s':>10} ", end="")
+    print(f"{'workload':<23} {'iterations/s':>13} {'requests/s':>11} {'events/s':>10} ", end="")
     print(f"{'bare timeouts/s':>16} {'ratio':>7}")
     for name, row in figures.items():
         print(
-            f"{name:<16} {row['iterations_per_s']:>13,.0f} {row['requests_per_s']:>11,.0f} "
+            f"{name:<23} {row['iterations_per_s']:>13,.0f} {row['requests_per_s']:>11,.0f} "
             f"{row['events_per_s']:>10,.0f} {row['bare_timeouts_per_s']:>16,.0f} "
             f"{row['iterations_per_bare_timeout']:>7.3f}"
         )
-    growth = (
-        figures["8 decoding"]["iterations_per_bare_timeout"]
-        / figures["512 decoding"]["iterations_per_bare_timeout"]
-    )
-    print(f"cost per iteration at 512 running sequences: {growth:.2f} times that at 8")
+    for scheduler in SCHEDULERS:
+        few, many = (
+            figures[f"{scheduler}, {num_running} decoding"]["iterations_per_bare_timeout"]
+            for num_running in (8, 512)
+        )
+        print(f"{scheduler}: an iteration at 512 running costs {few / many:.2f} times that at 8")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
