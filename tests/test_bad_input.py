@@ -427,8 +427,11 @@ NARROW = vs.KVCache(num_blocks=99)
         ({"replica_scheduler": "lightllm"}, ConfigError, "kv_cache.block_size = 16, expected 1"),
         ({"replica_scheduler": "lightllm", "kv_cache": vs.KVCache(block_size=1),
           "pipeline_parallel_size": 2}, ConfigError, "pipeline_parallel_size = 2, expected 1"),
-        ({"model": "mixtral-8x7b-v0.1", "tensor_parallel_size": 4}, ConfigError,
-         "is a mixture of experts: expected a dense model"),
+        ({"enable_expert_parallel": True}, ConfigError,
+         "Cluster.enable_expert_parallel = True, .* has no experts"),
+        ({"model": "qwen3-30b-a3b", "data_parallel_size": 2}, ConfigError,
+         "Cluster.data_parallel_size = 2 does not divide the num_replicas = 1"),
+        ({"quantization": "fp9"}, ConfigError, "Cluster.quantization 'fp9': did you mean 'fp8'"),
     ],
 )  # fmt: skip
 def test_clusters_that_cannot_be(settings, error, expected):

@@ -19,7 +19,7 @@ PACKAGE = Path(vs.__file__).parent
 # The floors, lowest first: a room imports rooms of lower floors only.
 FLOORS = [
     ["errors", "columns"],
-    ["validation"],
+    ["validation", "precision", "huggingface"],
     ["entities", "hardware", "kv_cache"],
     ["deployment", "prefix_cache"],
     ["kernel", "workload", "execution_time", "global_scheduler", "replica_scheduler"],

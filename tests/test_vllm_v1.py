@@ -103,6 +103,7 @@ def longer_runs(draw: st.DrawFn, **fixed: Any) -> Run:
         async_scheduling=draw(st.booleans()),
         enable_prefix_caching=draw(st.booleans()),
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 7])),
+        scheduler_reserve_full_isl=draw(st.booleans()),
         hash_block_size=hash_size,
         base_ns=5,
         per_token_ns=2,
@@ -132,6 +133,65 @@ def longer_runs(draw: st.DrawFn, **fixed: Any) -> Run:
 def test_package_equals_the_plain_engine_for_longer(given_run: Run) -> None:
     """The steps that are planned at once are those that a walk would plan."""
     assert_same_run(*given_run)
+
+
+def with_ids(*lines: tuple[int, int, int, int, list[int]]) -> list[PlainVllmV1Request]:
+    """Lines of (arrival, prompt tokens, output tokens, priority, hash ids)."""
+    return [
+        PlainVllmV1Request(
+            request_id=index,
+            arrival_ns=line[0],
+            num_prompt_tokens=line[1],
+            num_output_tokens=line[2],
+            priority=line[3],
+            hash_ids=tuple(line[4]),
+        )
+        for index, line in enumerate(lines)
+    ]
+
+
+def test_a_prompt_that_goes_on_lets_its_twin_in() -> None:
+    """A block that a chunk fills, and does not take, is one less for the twin that waits."""
+    case = engine(
+        max_model_len=40,
+        num_gpu_blocks=11,
+        enable_prefix_caching=True,
+        scheduler_reserve_full_isl=True,
+        long_prefill_token_threshold=6,
+        hash_block_size=4,
+    )
+    workload = with_ids((0, 36, 2, 0, [*range(9)]), (0, 39, 1, 0, [*range(10)]))
+    assert [step.hits for step in run_plainly(case, workload).steps[:2]] == [{}, {1: 12}]
+    assert_same_run(case, workload)
+
+
+def test_who_was_skipped_finds_the_token_known_since() -> None:
+    """Request 3 sits out a step, so that its next one fills a block with nothing in flight."""
+    case = engine(
+        max_num_batched_tokens=15,
+        max_num_seqs=4,
+        num_gpu_blocks=13,
+        max_model_len=15,
+        block_size=3,
+        long_prefill_token_threshold=3,
+        enable_chunked_prefill=False,
+        policy="priority",
+        enable_prefix_caching=True,
+        async_scheduling=True,
+        base_ns=5,
+        per_token_ns=2,
+        per_kv_ns=1,
+        hash_block_size=2,
+        vllm_version="0.9.2",
+    )
+    workload = with_ids(
+        (1, 8, 7, 0, [0, 0, 0, 0]),
+        (32, 1, 4, 1, [0]),
+        (33, 11, 3, 0, [0, 1, 0, 0, 0, 0]),
+        (34, 3, 5, 0, [0, 0]),
+    )
+    assert run_plainly(case, workload).steps[10].hits == {3: 6}
+    assert_same_run(case, workload)
 
 
 @given(st.data())

@@ -30,7 +30,7 @@ _SHELF = {
         "TraceError",
         "VidurError",
     ],
-    "execution_time": ["Linear", "Roofline"],
+    "execution_time": ["Linear", "Roofline", "RooflineFactors"],
     "global_scheduler": [
         "LeastOutstandingRequests",
         "LeastWaitingRequests",
@@ -108,6 +108,7 @@ __all__ = [
     "Request",
     "Result",
     "Roofline",
+    "RooflineFactors",
     "RoundRobin",
     "Sarathi",
     "Simulation",
@@ -142,7 +143,7 @@ if TYPE_CHECKING:
         TraceError,
         VidurError,
     )
-    from vidur_simpy.execution_time import Linear, Roofline
+    from vidur_simpy.execution_time import Linear, Roofline, RooflineFactors
     from vidur_simpy.global_scheduler import (
         LeastOutstandingRequests,
         LeastWaitingRequests,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
@@ -43,13 +44,22 @@ class Cluster:
     Attributes
     ----------
     model : str, Mapping or Model
-        Catalogue name (``"llama-3.1-8b"``), path to a Hugging Face ``config.json``, its content,
-        the fields of a :class:`Model`, or one.
+        Catalogue name (``"llama-3.1-8b"``), path to a Hugging Face ``config.json`` or the folder
+        that holds it, its content, the fields of a :class:`Model`, or one.
     device : str, Mapping or Device
         Catalogue name (``"h100-80gb-sxm"``), the fields of a :class:`Device`, or one.
     num_replicas : int
     tensor_parallel_size, pipeline_parallel_size : int
         Devices per pipeline stage, and stages per replica.
+    data_parallel_size : int
+        Replicas that share one set of experts; each schedules on its own.
+    enable_expert_parallel : bool
+        Give each device whole experts, where otherwise each expert is cut in pieces.
+    quantization : str or None
+        What weights are quantized with: fp8, int8, int4, awq, gptq, mxfp4, or bf16 for none; None
+        takes the model as it was published. See :class:`Deployment`.
+    kv_cache_dtype : str
+        ``"auto"`` for bf16, or ``"fp8"``.
     max_model_len : int or None
         Longest prompt and output together, in tokens; what the model knows if None.
     kv_cache : KVCache
@@ -88,6 +98,10 @@ vllm_v1.
     num_replicas: int = Field(default=1, ge=1)
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
+    data_parallel_size: int = Field(default=1, ge=1)
+    enable_expert_parallel: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = Field(default=None, ge=2)
     kv_cache: KVCache = KVCache()
     replica_scheduler: Annotated[Any, SkipValidation] = Sarathi()
@@ -111,7 +125,17 @@ vllm_v1.
                 )
             object.__setattr__(self, field, policy)
         deployment = self._deployment()
+        if self.num_replicas % self.data_parallel_size:
+            raise ConfigError(
+                f"Cluster.data_parallel_size = {self.data_parallel_size} does not divide the "
+                f"num_replicas = {self.num_replicas}, which share experts in such groups."
+            )
         max_model_len = self.max_model_len or deployment.model.max_position
+        if not max_model_len:
+            raise ConfigError(
+                f"Cluster.max_model_len = None: {deployment.model.name} does not say how long "
+                "sequences may be; expected a number of tokens."
+            )
         num_blocks = self.kv_cache.num_blocks
         if num_blocks is None:
             num_blocks = deployment.plan_num_blocks(
@@ -129,6 +153,10 @@ vllm_v1.
                 device=_device(self.device),
                 tensor_parallel_size=self.tensor_parallel_size,
                 pipeline_parallel_size=self.pipeline_parallel_size,
+                data_parallel_size=self.data_parallel_size,
+                enable_expert_parallel=self.enable_expert_parallel,
+                quantization=self.quantization,
+                kv_cache_dtype=self.kv_cache_dtype,
             )
         except ConfigError as error:
             # Those are settings of the cluster; nobody wrote a deployment.
@@ -203,7 +231,7 @@ def _model(model: str | Mapping[str, Any] | Model) -> Model:
     if isinstance(model, Mapping):
         huggingface = "model_type" in model or "num_hidden_layers" in model
         return Model.from_huggingface(model) if huggingface else Model(**_by_name(model))
-    if str(model).endswith(".json"):
+    if str(model).endswith(".json") or (Path(str(model)) / "config.json").is_file():
         return Model.from_huggingface(model)
     return Model.from_name(model)
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pydantic import Field
 
 from vidur_simpy.errors import CapacityError, ConfigError
-from vidur_simpy.hardware import BYTES_PER_VALUE, GIB, Device, Model
+from vidur_simpy.hardware import GIB, Device, Model
+from vidur_simpy.precision import (
+    BF16_BYTES,
+    PRECISIONS,
+    Precision,
+    kv_cache_bytes,
+    precision,
+)
 from vidur_simpy.validation import configuration
 
 __all__ = ["Deployment"]
 
 DEVICES_PER_NODE = 8
-"""The widest tensor parallelism that an error message suggests."""
+"""Wider tensor parallelism is suggested only where pipeline parallelism takes more nodes."""
 
 
 @configuration
@@ -22,31 +30,80 @@ class Deployment:
     """One replica: a model split over the devices that hold it.
 
     Heads, MLPs and the vocabulary are split over `tensor_parallel_size` devices, layers over
-    `pipeline_parallel_size` stages. Weights and KV cache are bf16.
+    `pipeline_parallel_size` stages. Experts are split over the tensor parallel devices of
+    `data_parallel_size` replicas together, as vLLM does it: each expert cut in as many pieces, or
+    whole experts on each device with `enable_expert_parallel`. Embeddings, LM head, norms and
+    routers stay in bf16 whatever the quantization.
+
+    Parameters
+    ----------
+    model : Model
+    device : Device
+    tensor_parallel_size, pipeline_parallel_size : int
+    data_parallel_size : int
+        Replicas that share one set of experts; each schedules and caches on its own.
+    enable_expert_parallel : bool
+        Give each device whole experts.
+    quantization : str or None
+        What the layers' weights are quantized with, by vLLM's name: fp8 and int8 (multiplied as
+        such where the device can), int4, awq, gptq and mxfp4 (experts only; all four multiplied in
+        bf16); bf16 for none. None takes the model as it was published.
+    kv_cache_dtype : str
+        fp8 (also fp8_e4m3, fp8_e5m2) or bf16 (also bfloat16, auto).
 
     Raises
     ------
     ConfigError
-        If the heads or layers cannot be split so, with the sizes that can, nearest first.
+        If the heads, layers or experts cannot be split so, with the sizes that can, nearest first;
+        or if a precision is not known.
 
     Examples
     --------
     >>> model, device = Model.from_name("llama-3.1-8b"), Device.from_name("h100")
     >>> Deployment(model, device).plan_num_blocks(16, 0.9, max_model_len=8192)
     28161
+    >>> Deployment(model, device, quantization="fp8").plan_num_blocks(16, 0.9, max_model_len=8192)
+    31489
     """
 
     model: Model
     device: Device
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
+    data_parallel_size: int = Field(default=1, ge=1)
+    enable_expert_parallel: bool = False
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         model = self.model
-        heads = f"{model.num_heads} heads and {model.num_kv_heads} KV heads"
-        _check_size(self, "tensor_parallel_size", heads, _tensor_parallel_sizes(model))
+        self._check_experts()
+        mlps = f"{model.num_experts} experts" if self.enable_expert_parallel else "MLPs"
+        parts = f"{model.num_heads} heads and {model.num_kv_heads} KV heads (and the {mlps})"
+        _check_size(self, "tensor_parallel_size", parts, _tensor_parallel_sizes(self))
         layers = f"{model.num_layers} layers"
         _check_size(self, "pipeline_parallel_size", layers, _divisors(model.num_layers))
+        kv_cache_bytes(self.kv_cache_dtype, "Deployment.kv_cache_dtype")
+        if self.quantization is not None:
+            precision(self.quantization, "Deployment.quantization")
+        if self.precision.is_experts_only and not model.num_experts:
+            self._refuse("quantization", "which quantizes experts")
+
+    def _check_experts(self) -> None:
+        if not self.model.num_experts:
+            if self.data_parallel_size > 1:
+                self._refuse("data_parallel_size", "replicas that share experts; use num_replicas")
+            if self.enable_expert_parallel:
+                self._refuse("enable_expert_parallel", "which gives devices whole experts")
+        what = "experts" if self.enable_expert_parallel else "columns of each expert"
+        parts = f"{self._expert_parts} {what}"
+        _check_size(self, "data_parallel_size", parts, _data_parallel_sizes(self))
+
+    def _refuse(self, field: str, meaning: str) -> None:
+        raise ConfigError(
+            f"Deployment.{field} = {getattr(self, field)!r}, {meaning}: {self.model.name} has no "
+            "experts."
+        )
 
     @property
     def num_devices(self) -> int:
@@ -64,37 +121,87 @@ class Deployment:
         return max(self.model.num_kv_heads // self.tensor_parallel_size, 1)
 
     @property
+    def expert_devices(self) -> int:
+        """Devices that share the experts of a layer."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def experts_per_device(self) -> int:
+        """Experts of a layer of which a device holds something."""
+        num_experts = self.model.num_experts
+        return num_experts // self.expert_devices if self.enable_expert_parallel else num_experts
+
+    @property
+    def expert_width_per_device(self) -> int:
+        """Columns of each such expert that a device holds."""
+        width = self.model.moe_intermediate_size
+        return width if self.enable_expert_parallel else width // self.expert_devices
+
+    @property
+    def _expert_parts(self) -> int:
+        model = self.model
+        return model.num_experts if self.enable_expert_parallel else model.moe_intermediate_size
+
+    @property
+    def precision(self) -> Precision:
+        """How the weights of experts, and of what else is quantized, are kept and multiplied."""
+        return PRECISIONS[self.quantization or self.model.quantization or "bf16"]
+
+    @property
+    def dense_precision(self) -> Precision:
+        """How all other matrices in the layers are kept and multiplied."""
+        return PRECISIONS["bf16"] if self.precision.is_experts_only else self.precision
+
+    @property
     def weight_bytes_per_device(self) -> int:
         """Weights on one device of the fullest stage.
 
-        The first stage holds the embeddings, the last one the LM head; mixtures of experts are
-        split like any other MLP, and their few dense layers are averaged over the stages.
+        The first stage holds the embeddings, the last one the LM head; the few dense layers of a
+        mixture of experts are averaged over the stages. Norms, routers and projections into
+        latent spaces are on every device.
         """
         model, tp = self.model, self.tensor_parallel_size
+        copies = 0 if model.kv_latent_size else self.kv_heads_per_device * tp - model.num_kv_heads
+        split = model.attention_parameters - model.latent_parameters
+        split += 2 * model.hidden_size * model.head_dim * copies
+        attention = model.num_layers * (split / tp + model.latent_parameters)
+        plain = model.num_plain_layers * model.mlp_parameters / tp
+        num_mixtures, expert = model.num_mixture_layers, model.expert_parameters
+        shared = num_mixtures * model.num_shared_experts * expert / tp
+        experts = num_mixtures * model.num_experts * expert / self.expert_devices
+        kept = num_mixtures * model.router_parameters + model.norm_parameters
+        layers = (attention + plain + shared) * self.dense_precision.weight_bytes
+        layers += experts * self.precision.weight_bytes + kept * BF16_BYTES
         is_one_table = model.tied_embeddings or self.pipeline_parallel_size > 1
-        tables = (1 if is_one_table else 2) * model.embedding_parameters
-        split = model.layer_parameters / self.pipeline_parallel_size + tables
-        copies = self.kv_heads_per_device * tp - model.num_kv_heads
-        copied = 2 * model.hidden_size * model.head_dim * copies * self.layers_per_stage
-        return round(BYTES_PER_VALUE * (split + copied) / tp)
+        tables = (1 if is_one_table else 2) * model.embedding_parameters / tp
+        return round(layers / self.pipeline_parallel_size + tables * BF16_BYTES)
+
+    @property
+    def kv_bytes_per_value(self) -> int:
+        """Bytes of one value in the KV cache."""
+        return kv_cache_bytes(self.kv_cache_dtype)
 
     @property
     def kv_bytes_per_token_per_device(self) -> int:
-        """Bytes of KV cache that one token takes on one device; a latent cache is not split."""
+        """Bytes of KV cache that one token takes on one device.
+
+        A latent cache is not split; layers with a sliding window are taken to keep all tokens.
+        """
         model = self.model
         values = model.kv_latent_size or 2 * self.kv_heads_per_device * model.head_dim
-        return BYTES_PER_VALUE * self.layers_per_stage * values
+        return self.kv_bytes_per_value * self.layers_per_stage * values
 
     @property
     def peak_flops(self) -> float:
-        """Operations per second of one device, bf16 without sparsity: the ceiling of MFU."""
-        return self.device.bf16_dense_tflops * 1e12
+        """Operations per second of one device in the format of most weights: the ceiling of MFU."""
+        return self.device.peak_flops(self.precision.format)
 
     def flops(self, num_tokens: int, attention_pairs: int) -> int:
         """Return the operations of a batch on all devices of the replica.
 
         ``2 * num_tokens * active_parameters`` (LM head included, embedding lookup not) for the
-        matrices, ``4 * layers * heads * head_dim * attention_pairs`` for attention.
+        matrices, ``2 * layers * heads * (head_dim + value_head_dim) * attention_pairs`` for
+        attention, as if every layer attended to all tokens.
 
         Parameters
         ----------
@@ -104,8 +211,8 @@ class Deployment:
             Tokens attended to, summed over the tokens computed.
         """
         model = self.model
-        pair = 4 * model.num_layers * model.num_heads * model.head_dim
-        return 2 * num_tokens * model.active_parameters + pair * attention_pairs
+        matrices = 2 * num_tokens * model.active_parameters
+        return matrices + model.attended_operations * attention_pairs
 
     def working_bytes(self, max_num_batched_tokens: int = 2048) -> int:
         """Return the memory that one device keeps for activations and the runtime.
@@ -120,7 +227,7 @@ class Deployment:
         num_experts = model.experts_per_token + model.num_shared_experts
         width = max(model.intermediate_size, num_experts * model.moe_intermediate_size)
         values = 4 * model.hidden_size + 3 * width // self.tensor_parallel_size
-        hidden = BYTES_PER_VALUE * max_num_batched_tokens * values
+        hidden = BF16_BYTES * max_num_batched_tokens * values
         logits = 10 * 256 * model.vocab_size * 4
         return max(hidden, logits) + GIB // 2
 
@@ -217,17 +324,25 @@ class _Plan(NamedTuple):
         )
 
     def larger(self, deployment: Deployment) -> str:
-        """Name the smallest tensor, then pipeline parallelism that would do."""
-        model, device = deployment.model, deployment.device
-        widest = max(DEVICES_PER_NODE, deployment.tensor_parallel_size)
-        widths = [size for size in _tensor_parallel_sizes(model) if size <= widest]
-        depths = _divisors(model.num_layers)
-        for depth in depths[depths.index(deployment.pipeline_parallel_size) :]:
-            for width in widths:
-                if self.fits(Deployment(model, device, width, depth)):
-                    if depth == deployment.pipeline_parallel_size:
-                        return f"tensor_parallel_size >= {width}"
-                    return f"tensor_parallel_size={width} with pipeline_parallel_size={depth}"
+        """Name the split that would do on the fewest nodes, within a node if it can."""
+        depths = _divisors(deployment.model.num_layers)
+        widths = _tensor_parallel_sizes(deployment)
+        here = deployment.pipeline_parallel_size
+        splits = [(width, depth) for width in widths for depth in depths if depth >= here]
+
+        def effort(split: tuple[int, int]) -> tuple[int, bool, int, int]:
+            width, depth = split
+            num_nodes = -(-width * depth // DEVICES_PER_NODE)
+            return num_nodes, width > DEVICES_PER_NODE, depth, width
+
+        for width, depth in sorted(splits, key=effort):
+            larger = dataclasses.replace(
+                deployment, tensor_parallel_size=width, pipeline_parallel_size=depth
+            )
+            if self.fits(larger):
+                if depth == here:
+                    return f"tensor_parallel_size >= {width}"
+                return f"tensor_parallel_size={width} with pipeline_parallel_size={depth}"
         return "a device with more memory"
 
 
@@ -235,11 +350,23 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _tensor_parallel_sizes(model: Model) -> list[int]:
-    """Sizes that split the heads, and split the KV heads or hold each equally often."""
+def _tensor_parallel_sizes(deployment: Deployment) -> list[int]:
+    """Sizes that split the heads and MLPs, and split the KV heads or hold each equally often."""
+    model, dp = deployment.model, deployment.data_parallel_size
+    shared = model.num_shared_experts * model.moe_intermediate_size
+    widths = (model.intermediate_size, shared, deployment._expert_parts // dp)
     num_kv_heads = model.num_kv_heads
-    sizes = _divisors(model.num_heads)
-    return [size for size in sizes if num_kv_heads % size == 0 or size % num_kv_heads == 0]
+    return [
+        size
+        for size in _divisors(model.num_heads)
+        if num_kv_heads % size == 0 or size % num_kv_heads == 0
+        if not any(width % size for width in widths)
+    ]
+
+
+def _data_parallel_sizes(deployment: Deployment) -> list[int]:
+    """Sizes that split the experts; 1 if there are none."""
+    return _divisors(deployment._expert_parts) or [1]
 
 
 def _check_size(deployment: Deployment, field: str, parts: str, sizes: Iterable[int]) -> None:

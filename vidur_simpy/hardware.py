@@ -12,26 +12,14 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from vidur_simpy import huggingface
 from vidur_simpy.errors import ConfigError, unknown_name
+from vidur_simpy.precision import BF16_BYTES, Format, precision
 from vidur_simpy.validation import configuration, field_names
 
 __all__ = ["Device", "Model", "device_names", "model_names"]
 
-BYTES_PER_VALUE = 2
-"""Weights, activations and the KV cache are bf16."""
-
 GIB = 2**30
-
-_HUGGINGFACE_GATED_MLP = {
-    "internlm2": True,
-    "llama": True,
-    "mistral": True,
-    "phi": False,
-    "phi3": True,
-    "qwen2": True,
-    "qwen3": True,
-}
-"""The `model_type` values that `Model.from_huggingface` reads, and whether their MLP is gated."""
 
 
 @configuration
@@ -43,7 +31,8 @@ class Model:
     name : str
         Full name, such as ``meta-llama/Llama-3.1-8B``.
     num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size : int
-        As in the model's ``config.json``; `intermediate_size` is 0 if every MLP is a mixture.
+        As in the model's ``config.json``; `intermediate_size` is 0 if every MLP is a mixture,
+        `head_dim` is that of queries and keys.
     gated_mlp : bool
         Whether the MLP has a gate besides its up and down projections (SwiGLU).
     tied_embeddings : bool
@@ -55,11 +44,16 @@ class Model:
     num_dense_layers : int
         Layers of a mixture of experts that have a plain MLP.
     kv_latent_size : int
-        Values that multi-head latent attention caches per token and layer; 0 for ordinary
-        attention.
-    published_parameters_b, published_active_parameters_b : float or None
-        Billions of parameters as published, in all and used per token. They count where the
-        geometry above does not tell: for latent attention.
+        Values that multi-head latent attention caches per token and layer, its rotary ones
+        included; 0 for ordinary attention.
+    query_latent_size, rope_head_dim, value_head_dim : int
+        Of latent attention: the width that queries are compressed to (0 if they are not), the
+        rotary part of `head_dim`, and the width of a head's values.
+    sliding_window, num_sliding_layers : int
+        Tokens that a layer with a sliding window attends to at most, and how many layers are so;
+        0 if none is.
+    quantization : str or None
+        What the published weights are quantized with, by vLLM's name; None for bf16.
     source : str
         Where the figures come from.
 
@@ -87,31 +81,56 @@ class Model:
     num_shared_experts: int = Field(default=0, ge=0)
     num_dense_layers: int = Field(default=0, ge=0)
     kv_latent_size: int = Field(default=0, ge=0)
-    published_parameters_b: float | None = Field(default=None, gt=0)
-    published_active_parameters_b: float | None = Field(default=None, gt=0)
+    query_latent_size: int = Field(default=0, ge=0)
+    rope_head_dim: int = Field(default=0, ge=0)
+    value_head_dim: int = Field(default=0, ge=0)
+    sliding_window: int = Field(default=0, ge=0)
+    num_sliding_layers: int = Field(default=0, ge=0)
+    quantization: str | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"Model {self.name}: num_heads = {self.num_heads} is no multiple of "
-                f"num_kv_heads = {self.num_kv_heads}."
+            self._refuse(
+                f"num_heads = {self.num_heads}", f"a multiple of num_kv_heads = {self.num_kv_heads}"
             )
-        if not self.num_experts and not self.intermediate_size:
-            raise ConfigError(
-                f"Model {self.name}: intermediate_size = 0: expected at least 1 in a dense model."
+        self._check_experts()
+        if self.kv_latent_size and not (
+            0 < self.rope_head_dim < min(self.kv_latent_size, self.head_dim) and self.value_head_dim
+        ):
+            self._refuse(
+                f"kv_latent_size = {self.kv_latent_size}",
+                "with it value_head_dim, and a rope_head_dim that is less than it and head_dim",
             )
+        if self.num_sliding_layers > (self.num_layers if self.sliding_window else 0):
+            self._refuse(
+                f"num_sliding_layers = {self.num_sliding_layers}",
+                f"a sliding_window and at most {self.num_layers} layers",
+            )
+        if self.quantization is not None:
+            precision(self.quantization, f"Model.quantization of {self.name}")
+
+    def _check_experts(self) -> None:
         if self.experts_per_token > self.num_experts:
-            raise ConfigError(
-                f"Model {self.name}: experts_per_token = {self.experts_per_token}: expected at "
-                f"most num_experts = {self.num_experts}."
+            self._refuse(
+                f"experts_per_token = {self.experts_per_token}",
+                f"at most num_experts = {self.num_experts}",
             )
-        published = (self.published_parameters_b, self.published_active_parameters_b)
-        if self.kv_latent_size and None in published:
-            raise ConfigError(
-                f"Model {self.name}: latent attention needs published_parameters_b and "
-                "published_active_parameters_b."
+        if self.num_experts and not (self.experts_per_token and self.moe_intermediate_size):
+            self._refuse(
+                f"num_experts = {self.num_experts}",
+                "with it experts_per_token and moe_intermediate_size",
             )
+        if self.num_dense_layers > (self.num_layers if self.num_experts else 0):
+            self._refuse(
+                f"num_dense_layers = {self.num_dense_layers}",
+                "at most the layers of a mixture of experts",
+            )
+        if self.num_plain_layers and not self.intermediate_size:
+            self._refuse("intermediate_size = 0", "at least 1 in a model with plain MLPs")
+
+    def _refuse(self, what: str, expected: str) -> None:
+        raise ConfigError(f"Model {self.name}: {what}: expected {expected}.")
 
     @classmethod
     def from_name(cls, name: str) -> Model:
@@ -134,7 +153,10 @@ class Model:
     def from_huggingface(
         cls, source: str | Path | Mapping[str, Any], name: str | None = None
     ) -> Model:
-        """Read a Hugging Face ``config.json`` of a plain dense decoder.
+        """Read the Hugging Face ``config.json`` of a decoder.
+
+        Of a model that also sees or hears, its language model is read. Sliding windows count;
+        Llama 4's chunked attention does not, and is taken for full attention.
 
         Parameters
         ----------
@@ -146,38 +168,20 @@ class Model:
         Raises
         ------
         ConfigError
-            If it cannot be read, lacks a figure, is quantized, or is of another ``model_type``
-            than internlm2, llama, mistral, phi, phi3, qwen2 or qwen3.
+            If it cannot be read, lacks a figure, or is of a ``model_type`` or a quantization that
+            is not known; the message names those that are.
         """
-        config, place = _huggingface_config(source)
-        kind = config.get("model_type")
-        if kind not in _HUGGINGFACE_GATED_MLP:
-            raise unknown_name(f"model_type in {place}", kind, _HUGGINGFACE_GATED_MLP)
-        if config.get("quantization_config"):
-            raise ConfigError(f"{place} is quantized: expected the config.json of the bf16 model.")
-        try:
-            num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-            return cls(
-                name=name or config.get("_name_or_path") or place,
-                num_layers=config["num_hidden_layers"],
-                hidden_size=hidden_size,
-                num_heads=num_heads,
-                num_kv_heads=config.get("num_key_value_heads") or num_heads,
-                head_dim=config.get("head_dim") or hidden_size // num_heads,
-                intermediate_size=config["intermediate_size"],
-                vocab_size=config["vocab_size"],
-                gated_mlp=_HUGGINGFACE_GATED_MLP[kind],
-                tied_embeddings=config.get("tie_word_embeddings", False),
-                max_position=config.get("max_position_embeddings", 0),
-                source=f"{place} (Hugging Face config)",
-            )
-        except KeyError as error:
-            raise ConfigError(f"{place} lacks {error.args[0]!r}, which {kind} needs.") from None
+        return cls(**huggingface.read(source, name))
 
     @property
-    def is_dense(self) -> bool:
-        """Whether it has ordinary attention and no mixture of experts."""
-        return not self.num_experts and not self.kv_latent_size
+    def num_mixture_layers(self) -> int:
+        """Layers whose MLP is a mixture of experts."""
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
+    def num_plain_layers(self) -> int:
+        """Layers that have a plain MLP."""
+        return self.num_layers - self.num_mixture_layers
 
     @property
     def embedding_parameters(self) -> int:
@@ -185,50 +189,95 @@ class Model:
         return self.vocab_size * self.hidden_size
 
     @property
+    def attention_parameters(self) -> int:
+        """Values of the weight matrices of one layer's attention."""
+        if not self.kv_latent_size:
+            return self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        width = self.query_latent_size or self.hidden_size
+        per_head = width * self.head_dim + self.latent_rank * self.latent_head_width
+        per_head += self.value_head_dim * self.hidden_size
+        return self.num_heads * per_head + self.latent_parameters
+
+    @property
+    def latent_parameters(self) -> int:
+        """Values of one layer's projections into latent spaces, which no parallelism splits."""
+        return self.hidden_size * (self.query_latent_size + self.kv_latent_size)
+
+    @property
+    def latent_rank(self) -> int:
+        """Values of a latent cache entry from which keys and values are computed."""
+        return self.kv_latent_size - self.rope_head_dim
+
+    @property
+    def latent_head_width(self) -> int:
+        """Values of one head's key and value that are computed from the latent cache."""
+        return self.head_dim - self.rope_head_dim + self.value_head_dim
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Values of one layer's plain MLP."""
+        return self._matrices * self.hidden_size * self.intermediate_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Values of one expert."""
+        return self._matrices * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def router_parameters(self) -> int:
+        """Values of one layer's router."""
+        return self.hidden_size * self.num_experts
+
+    @property
+    def norm_parameters(self) -> int:
+        """Values of all norms, two a layer and the last one; biases (< 0.3 %) are left out."""
+        return (2 * self.num_layers + 1) * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Values of the weights of all layers together."""
+        return self._count(self.num_experts) + self.norm_parameters
+
+    @property
     def num_parameters(self) -> int:
-        """Values of all weight matrices and embeddings; norms and biases (< 0.3 %) are left out."""
+        """Values of all weights and embeddings."""
         num_tables = 1 if self.tied_embeddings else 2
         return self.layer_parameters + num_tables * self.embedding_parameters
 
     @property
-    def layer_parameters(self) -> int:
-        """Values of the weight matrices of all layers together."""
-        if self.kv_latent_size:
-            return self._published(self.published_parameters_b)
-        return self._count(self.num_experts)
-
-    @property
     def active_parameters(self) -> int:
         """Values that a token is multiplied with: its layers' and experts', and the LM head."""
-        if self.kv_latent_size:
-            layers = self._published(self.published_active_parameters_b)
-        else:
-            layers = self._count(self.experts_per_token)
-        return layers + self.embedding_parameters
+        return self._count(self.experts_per_token) + self.embedding_parameters
+
+    @property
+    def attended_operations(self) -> int:
+        """Operations of all layers for one token that attends to one token."""
+        value_head_dim = self.value_head_dim or self.head_dim
+        return 2 * self.num_layers * self.num_heads * (self.head_dim + value_head_dim)
+
+    @property
+    def cached_values(self) -> int:
+        """Values of KV cache of one token in one layer."""
+        return self.kv_latent_size or 2 * self.num_kv_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache of one token over all layers, in bf16."""
-        values = self.kv_latent_size or 2 * self.num_kv_heads * self.head_dim
-        return BYTES_PER_VALUE * self.num_layers * values
+        return BF16_BYTES * self.num_layers * self.cached_values
+
+    @property
+    def _matrices(self) -> int:
+        return 3 if self.gated_mlp else 2
 
     def _count(self, num_experts: int) -> int:
-        """Count the layers' weights with so many experts in each layer that is a mixture."""
-        heads = 2 * self.num_heads + 2 * self.num_kv_heads
-        attention = self.hidden_size * self.head_dim * heads
-        matrix = (3 if self.gated_mlp else 2) * self.hidden_size
-        dense = matrix * self.intermediate_size
-        experts = matrix * self.moe_intermediate_size * (num_experts + self.num_shared_experts)
-        mixture = experts + self.hidden_size * self.num_experts
-        num_dense = self.num_dense_layers if self.num_experts else self.num_layers
-        num_mixtures = self.num_layers - num_dense
-        return self.num_layers * attention + num_dense * dense + num_mixtures * mixture
-
-    def _published(self, billions: float | None) -> int:
-        """Take both tables of the vocabulary off a published count."""
-        assert billions is not None, "checked at construction"
-        num_tables = 1 if self.tied_embeddings else 2
-        return round(billions * 1e9) - num_tables * self.embedding_parameters
+        """Count the layers' matrices with so many experts in each layer that is a mixture."""
+        mixture = (num_experts + self.num_shared_experts) * self.expert_parameters
+        mixture += self.router_parameters
+        return (
+            self.num_layers * self.attention_parameters
+            + self.num_plain_layers * self.mlp_parameters
+            + self.num_mixture_layers * mixture
+        )
 
 
 @configuration
@@ -250,8 +299,8 @@ class Device:
         Bandwidth to the neighbouring devices, both directions together, 1e9 bytes per second.
     vendor, scaleup_link, source : str
         Its maker, what the link is, and where the figures come from.
-    fp8_dense_tflops : float or None
-        As above for fp8; None where there is none.
+    fp8_dense_tflops, int8_dense_tops : float or None
+        As above for fp8 and int8; None where there is none.
     reported_memory_mib : int or None
         What the driver reports, in 2**20 bytes, where known: cards with GDDR memory keep 6 % of
         it for error correction. `memory_bytes` goes by this figure, else by `memory_gb`.
@@ -271,6 +320,7 @@ class Device:
     scaleup_bidir_gbps: float = Field(gt=0)
     vendor: str = ""
     fp8_dense_tflops: float | None = Field(default=None, gt=0)
+    int8_dense_tops: float | None = Field(default=None, gt=0)
     reported_memory_mib: int | None = Field(default=None, gt=0)
     scaleup_link: str = ""
     tdp_w: float | None = Field(default=None, gt=0)
@@ -300,6 +350,15 @@ class Device:
         if self.reported_memory_mib is not None:
             return self.reported_memory_mib * 2**20
         return self.memory_gb * GIB
+
+    def peak_flops(self, format: Format = "bf16") -> float:
+        """Operations per second in a format without sparsity; in bf16 where it has no such.
+
+        >>> Device.from_name("h100").peak_flops("fp8"), Device.from_name("a100").peak_flops("fp8")
+        (1978900000000000.0, 312000000000000.0)
+        """
+        peaks = {"fp8": self.fp8_dense_tflops, "int8": self.int8_dense_tops}
+        return (peaks.get(format) or self.bf16_dense_tflops) * 1e12
 
 
 def model_names() -> list[str]:
@@ -357,18 +416,3 @@ def _models() -> dict[str, Model]:
 @functools.cache
 def _devices() -> dict[str, Device]:
     return _sheet("devices.csv", Device)
-
-
-def _huggingface_config(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """Return the content of a config.json and what to call it in a message."""
-    if isinstance(source, Mapping):
-        return source, "the Hugging Face config"
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the Hugging Face config {path}: {error}.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}: expected a mapping.")
-    return config, str(path)

@@ -321,6 +321,7 @@ class Simulation:
                 "num_events": self.env.num_events,
                 "seed": self.seed,
                 "version": _version(),
+                **_factors_used(self.cluster),
             },
         )
 
@@ -410,6 +411,12 @@ def _checked_record(record: Collection[str]) -> list[str]:
         if name not in RECORDS:
             raise unknown_name("record", name, RECORDS)
     return [name for name in RECORDS if name in names]
+
+
+def _factors_used(cluster: Cluster) -> dict[str, str]:
+    """Say which fitted factors gave the execution times, where such were used."""
+    factors_name = getattr(cluster.execution_time, "factors_name", None)
+    return {"roofline_factors": factors_name(cluster.deployment.device)} if factors_name else {}
 
 
 def _version() -> str:

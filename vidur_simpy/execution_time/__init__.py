@@ -53,6 +53,10 @@ class BatchCounts(Protocol):
     def total_context(self) -> int:
         """Sum of `decode_context` and of the context of every chunk."""
 
+    @property
+    def num_attention_pairs(self) -> int:
+        """Tokens attended to, summed over the tokens of the step (causal)."""
+
 
 StageTime: TypeAlias = Callable[[BatchCounts, int], float]
 """Seconds that pipeline stage `stage_id`, counted from 0, takes for a batch."""

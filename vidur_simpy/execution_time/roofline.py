@@ -1,20 +1,25 @@
-"""Execution time from the sheets of model and device: a roofline with fitted efficiencies."""
+"""Execution time from the sheets of model and device, at fitted efficiencies."""
 
 from __future__ import annotations
 
 import functools
-import json
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from vidur_simpy.errors import ConfigError, unknown_name
-from vidur_simpy.hardware import BYTES_PER_VALUE
+from vidur_simpy.execution_time.factors import RooflineFactors
+from vidur_simpy.execution_time.operators import (
+    Kernels,
+    Links,
+    Mixture,
+    Mlp,
+    attended,
+    attention_of,
+)
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vidur_simpy.deployment import Deployment
     from vidur_simpy.entities import PrefillChunk
@@ -23,104 +28,46 @@ if TYPE_CHECKING:
 
 __all__ = ["Roofline", "RooflineFactors", "RooflineStageTime"]
 
-SEND_LATENCY = 10e-6
-"""Seconds to start sending a batch's hidden states to the next stage; assumed, not measured."""
 
+class Table(dict[int, float]):
+    """The values of a function of a number, each computed when it is first asked for."""
 
-@configuration
-class RooflineFactors:
-    """How much of its sheet a device delivers, and what each step costs besides.
+    def __init__(self, function: Callable[[int], float]) -> None:
+        super().__init__()
+        self._function = function
 
-    Shares are of the sheet's peak, in (0, 1] as a rule; above 1 where caches serve what the
-    formula charges to memory.
-
-    Parameters
-    ----------
-    gemm_compute, gemm_memory : float
-        Shares of peak FLOP/s and of bandwidth in matrix products.
-    prefill_compute, prefill_memory, decode_memory : float
-        Shares in attention.
-    elementwise_memory : float
-        Share of bandwidth in norms, residuals and activations.
-    kernel_time, attention_time : float
-        Seconds that each kernel, each attention call takes at least.
-    all_reduce_time : float
-        Seconds that each all-reduce takes at least.
-    all_reduce_link : float
-        Share of the link's bandwidth in an all-reduce.
-    smoothness : float
-        Exponent of the smooth maximum of compute and memory time; the larger, the sharper.
-    gemm_half_efficiency_rows : float
-        Rows (tokens) at which a matrix product reaches half of its share of peak FLOP/s.
-    name : str
-        What the set is called.
-
-    Examples
-    --------
-    >>> RooflineFactors.from_name("hopper").gemm_compute
-    0.7919
-    """
-
-    gemm_compute: float = Field(gt=0)
-    gemm_memory: float = Field(gt=0)
-    prefill_compute: float = Field(gt=0)
-    prefill_memory: float = Field(gt=0)
-    decode_memory: float = Field(gt=0)
-    elementwise_memory: float = Field(gt=0)
-    kernel_time: float = Field(ge=0)
-    attention_time: float = Field(ge=0)
-    all_reduce_time: float = Field(ge=0)
-    all_reduce_link: float = Field(gt=0)
-    smoothness: float = Field(ge=1)
-    gemm_half_efficiency_rows: float = Field(default=0.0, ge=0)
-    name: str = "custom"
-
-    @classmethod
-    def from_name(cls, name: str) -> RooflineFactors:
-        """Return a fitted set: a100, b200, h100, h200, hopper, l40s or rtx-pro-6000.
-
-        Raises
-        ------
-        ConfigError
-            If there is no such set, with the nearest.
-        """
-        sets = _fitted()["sets"]
-        if name not in sets:
-            raise unknown_name("roofline factors", name, sets)
-        return cls(name=name, **sets[name])
-
-    @classmethod
-    def of_device(cls, device: Device) -> RooflineFactors:
-        """Return the set fitted to a device, else that of the nearest architecture.
-
-        The 80 GB A100, H100, H200, B200 (all SXM), L40S and RTX PRO 6000 were fitted themselves.
-        Other Hopper devices take the common fit of H100 and H200 (``hopper``), other Blackwell
-        data-centre devices ``b200``, Ada devices ``l40s``, and Ampere, Turing and Volta ``a100``.
-        Whatever else, of other vendors or not in the catalogue, takes ``hopper``: its shares are
-        of the device's own sheet, but nobody has measured them there.
-        """
-        fitted = _fitted()
-        return cls.from_name(fitted["devices"].get(device.name, fitted["default"]))
+    def __missing__(self, number: int) -> float:
+        value = self[number] = self._function(number)
+        return value
 
 
 @configuration
 class Roofline:
-    """Stage times of dense models from model and device sheets, without any profile.
+    """Stage times of any model from model and device sheets, without any profile.
 
     Each kernel takes the smooth maximum of its compute time and its memory time at fitted shares
-    of the device's peaks, plus a constant; see `RooflineStageTime` for the terms. Weights,
-    activations and KV cache are bf16. The fit (on A100, H100, H200 and B200) was 2 to 6 % off on
-    average for the Llama iterations it was made of, 4 to 7 % for other dense models. Pipeline
-    transfers, tensor parallelism over PCIe and devices that were not fitted are extrapolated.
+    of the device's peaks, plus a constant; `RooflineStageTime` names the operators. Weights and
+    KV cache have the precisions of the deployment. A set of fitted factors was 2 to 4 % off on
+    average for the Llama iterations it was made of on A100, H100, H200 and L40S (RTX PRO 6000 and
+    B200: 2 to 5 %), 5 to 8 % for mixtures of experts on A100, H100 and H200 (B200: 15 %), 2 to 6 %
+    for dense models that it had not seen (``tests/benchmarks/roofline_accuracy.py``), and 5 to 11 %
+    for weights in fp8. Weights of 4 bits, int8, pipeline transfers, expert parallelism and devices
+    that were not fitted are extrapolated; caches in fp8 are read slower by Hopper than said here
+    (attention of decodes by up to a quarter).
 
     Parameters
     ----------
     cpu_overhead : float
         Seconds of CPU time per iteration, spent in the first stage. Servers were measured between
-        0 and 3 ms; with the default of 2 ms the formula was 7 % off on average in the time per
-        output token of 56 published vLLM runs of a 70B model, without it 15 %.
+        0 and 3 ms. With the default of 2 ms a steady state of even batches was 5 to 9 % off on
+        average in the time per output token of 98 vLLM runs that NVIDIA published with
+        aiconfigurator-core 0.12 (Llama-70B in fp8 on H100 and H200, Qwen3-32B on H100), without it
+        8 to 15 %.
     factors : RooflineFactors, str or None
         The fitted shares, or the name of a set; by default those of the device.
+    expert_imbalance : float
+        With expert parallelism, the load of the busiest device as a multiple of the mean. It is
+        that of the routing, which nobody but the user knows; 1 is perfectly even.
 
     Examples
     --------
@@ -131,6 +78,7 @@ class Roofline:
 
     cpu_overhead: float = Field(default=0.002, ge=0)
     factors: RooflineFactors | str | None = None
+    expert_imbalance: float = Field(default=1.0, ge=1)
 
     def __post_init__(self) -> None:
         if isinstance(self.factors, str):
@@ -149,22 +97,9 @@ class Roofline:
         return self.factors_for(device).name
 
     def for_replica(self, deployment: Deployment) -> RooflineStageTime:
-        """Return the stage times of a replica.
-
-        Raises
-        ------
-        ConfigError
-            If the model is a mixture of experts or has latent attention.
-        """
-        model = deployment.model
-        if not model.is_dense:
-            kind = "a mixture of experts" if model.num_experts else "a model with latent attention"
-            raise ConfigError(
-                f"execution_time roofline: {model.name} is {kind}: expected a dense model with "
-                "ordinary attention."
-            )
+        """Return the stage times of a replica."""
         factors = self.factors_for(deployment.device)
-        return RooflineStageTime(deployment, factors, self.cpu_overhead)
+        return RooflineStageTime(deployment, factors, self.cpu_overhead, self.expert_imbalance)
 
 
 class RooflineStageTime:
@@ -183,129 +118,124 @@ class RooflineStageTime:
     """
 
     def __init__(
-        self, deployment: Deployment, factors: RooflineFactors, cpu_overhead: float
+        self,
+        deployment: Deployment,
+        factors: RooflineFactors,
+        cpu_overhead: float,
+        expert_imbalance: float = 1.0,
     ) -> None:
-        model, device = deployment.model, deployment.device
-        width = deployment.tensor_parallel_size
+        model, num_stages = deployment.model, deployment.pipeline_parallel_size
         self.factors_name = factors.name
-        self._factors = factors
-        self._width = width
-        self._last_stage = deployment.pipeline_parallel_size - 1
+        self._kernels = Kernels(deployment.device, factors)
+        self._links = Links(deployment, factors)
+        self._attention = attention_of(deployment, self._kernels)
+        self._mlp = Mlp(deployment, self._kernels, model.intermediate_size)
+        shared = model.num_shared_experts * model.moe_intermediate_size
+        self._shared_experts = Mlp(deployment, self._kernels, shared)
+        self._mixture = Mixture(deployment, self._kernels, expert_imbalance)
+        self._last_stage = num_stages - 1
         self._num_layers = deployment.layers_per_stage
+        self._num_sliding = model.num_sliding_layers / num_stages
+        self._num_full = self._num_layers - self._num_sliding
+        self._num_plain = model.num_plain_layers / num_stages
+        self._num_mixtures = model.num_mixture_layers / num_stages
+        self._window = model.sliding_window
         self._hidden_size = model.hidden_size
-        self._vocabulary = model.vocab_size / width
-        self._intermediate = model.intermediate_size / width
-        self._num_gates = 2 if model.gated_mlp else 1
-        self._query_size = model.num_heads * model.head_dim / width
-        self._kv_size = deployment.kv_heads_per_device * model.head_dim
-        self._flops = deployment.peak_flops
-        self._bandwidth = device.memory_bandwidth_gbps * 1e9
-        self._link = device.scaleup_bidir_gbps * 1e9 / 2
+        self._vocabulary = model.vocab_size / deployment.tensor_parallel_size
         self._cpu_overhead = cpu_overhead
-        kv_bytes = 2 * self._kv_size * BYTES_PER_VALUE
-        prefill_bandwidth = self._bandwidth * factors.prefill_memory
-        self._attention_time = factors.attention_time
-        self._smoothness = factors.smoothness
-        self._per_pair = 4 * self._query_size / (self._flops * factors.prefill_compute)
-        self._per_prefill_context = kv_bytes / prefill_bandwidth
-        self._per_prefill_token = 2 * self._query_size * BYTES_PER_VALUE / prefill_bandwidth
-        self._per_decode_context = kv_bytes / (self._bandwidth * factors.decode_memory)
-        self._token_times: dict[int, float] = {}
-        self._lm_head_times: dict[int, float] = {}
+        self._prefill_time = self._attention.prefill_time
+        per_context = self._attention.per_decode_context
+        self._per_context = self._num_full * per_context
+        self._per_window = self._num_sliding * per_context
+        self._fixed_times = [
+            Table(functools.partial(self.fixed_time, stage_id)) for stage_id in range(num_stages)
+        ]
+        self._decode_starts = Table(lambda num_decodes: self.decode_time(num_decodes, 0))
+        self._lm_head_times = Table(self.lm_head_time)
 
     def __call__(self, batch: BatchCounts, stage_id: int) -> float:
         """Return the seconds that a stage, counted from 0, takes for a batch."""
-        num_tokens = batch.num_tokens
-        time = self._token_times.get(num_tokens)
-        if time is None:
-            time = self._token_times[num_tokens] = self.token_time(num_tokens)
-        prefills, num_decodes = batch.prefills, batch.num_decodes
+        num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
+        context, prefills = batch.decode_context, batch.prefills
+        time = self._fixed_times[stage_id][num_tokens]
         if num_decodes:
-            time += self.decode_attention_time(batch.decode_context)
+            time += self._decode_starts[num_decodes] + self._per_context * context
+            if self._per_window:
+                most = num_decodes * self._window
+                time += self._per_window * (context if context < most else most)
         if prefills:
-            time += self.prefill_attention_time(prefills)
-        time *= self._num_layers
+            if self._num_sliding:
+                time += self.prefill_time(prefills)
+            else:
+                # As prefill_time, from the sums that a batch keeps anyway.
+                time += self._num_full * self._prefill_time(
+                    batch.num_attention_pairs - context,
+                    num_tokens - num_decodes,
+                    batch.total_context - context,
+                )
+        if stage_id == self._last_stage:
+            time += self._lm_head_times[num_decodes + len(prefills)]
+        return time
+
+    def operators(self, batch: BatchCounts, stage_id: int) -> dict[str, float]:
+        """Return the seconds of a stage by operator; together they are its time."""
+        times = self.token_operators(batch.num_tokens)
+        if stage_id == 0:
+            times["cpu_overhead"] = self._cpu_overhead
+        if batch.num_decodes:
+            times["decode_attention"] = self.decode_time(batch.num_decodes, batch.decode_context)
+        if batch.prefills:
+            times["prefill_attention"] = self.prefill_time(batch.prefills)
+        if stage_id < self._last_stage:
+            times["send"] = self._links.send_time(batch.num_tokens)
+        else:
+            times["lm_head"] = self.lm_head_time(batch.num_decodes + len(batch.prefills))
+        return times
+
+    def fixed_time(self, stage_id: int, num_tokens: int) -> float:
+        """Return the part of a stage's time that depends on the number of tokens alone."""
+        time = sum(self.token_operators(num_tokens).values())
         if stage_id == 0:
             time += self._cpu_overhead
         if stage_id < self._last_stage:
-            return time + self.send_time(num_tokens)
-        num_sequences = num_decodes + len(prefills)
-        lm_head = self._lm_head_times.get(num_sequences)
-        if lm_head is None:
-            lm_head = self._lm_head_times[num_sequences] = self.lm_head_time(num_sequences)
-        return time + lm_head
+            time += self._links.send_time(num_tokens)
+        return time
 
-    def token_time(self, num_tokens: int) -> float:
-        """Return the part of a layer that depends on the number of tokens alone.
+    def token_operators(self, num_tokens: int) -> dict[str, float]:
+        """Return the operators of a stage's layers that depend on the number of tokens alone."""
+        kernels, links = self._kernels, self._links
+        # A norm reads and writes the hidden and the residual state.
+        norm = kernels.elementwise_time(4 * num_tokens * self._hidden_size)
+        times = {
+            "attention_projections": self._num_layers
+            * self._attention.projections_time(num_tokens),
+            "norms": self._num_layers * 2 * norm,
+            "mlp": self._num_plain * self._mlp.time(num_tokens),
+            "all_reduce": self._num_layers * 2 * links.all_reduce_time(num_tokens),
+        }
+        if self._num_mixtures:
+            shared = self._shared_experts.time(num_tokens)
+            times["mlp"] += self._num_mixtures * shared
+            times["router"] = self._num_mixtures * self._mixture.router_time(num_tokens)
+            times["experts"] = self._num_mixtures * self._mixture.time(num_tokens)
+            times["all_to_all"] = self._num_mixtures * links.all_to_all_time(num_tokens)
+        return times
 
-        The four products (query, key and value; output; up and gate; down), norms and activation,
-        and the two all-reduces.
+    def decode_time(self, num_decodes: int, context: int) -> float:
+        """Return the attention of a stage's layers over all decodes.
+
+        With a sliding window, the sequences are taken to be equally long.
         """
-        hidden, query, intermediate = self._hidden_size, self._query_size, self._intermediate
-        return (
-            self.gemm_time(num_tokens, query + 2 * self._kv_size, hidden)
-            + self.gemm_time(num_tokens, hidden, query)
-            + self.gemm_time(num_tokens, self._num_gates * intermediate, hidden)
-            + self.gemm_time(num_tokens, hidden, intermediate)
-            + self.elementwise_time(num_tokens)
-            + self.all_reduce_time(num_tokens)
-        )
+        start = self._num_layers * self._attention.decode_time(num_decodes)
+        in_window = min(context, num_decodes * self._window)
+        return start + self._per_context * context + self._per_window * in_window
 
-    def gemm_time(self, rows: float, columns: float, depth: float) -> float:
-        """Return the time of ``(rows, depth) @ (depth, columns)``.
-
-        Compute is ``2 * rows * columns * depth`` operations, at half efficiency where so many
-        rows are as the factors say; memory moves both operands and the result once.
-        """
-        factors = self._factors
-        efficient_rows = rows + factors.gemm_half_efficiency_rows
-        compute = 2 * efficient_rows * columns * depth / (self._flops * factors.gemm_compute)
-        values = rows * depth + rows * columns + columns * depth
-        memory = values * BYTES_PER_VALUE / (self._bandwidth * factors.gemm_memory)
-        return smooth_max(compute, memory, factors.smoothness) + factors.kernel_time
-
-    def elementwise_time(self, num_tokens: int) -> float:
-        """Return the time of a layer's two norms with their residuals, and of its activation.
-
-        A norm reads and writes the hidden and the residual state; the activation reads every
-        input of the MLP (gate and up) and writes one output.
-        """
-        values = 8 * self._hidden_size + (self._num_gates + 1) * self._intermediate
-        bandwidth = self._bandwidth * self._factors.elementwise_memory
-        return num_tokens * values * BYTES_PER_VALUE / bandwidth + 3 * self._factors.kernel_time
-
-    def all_reduce_time(self, num_tokens: int) -> float:
-        """Return the time of a layer's two ring all-reduces of the hidden states.
-
-        Over ``n`` devices, each sends ``2 * (n - 1) / n`` of the message one way over its link.
-        """
-        if self._width == 1:
-            return 0.0
-        message = num_tokens * self._hidden_size * BYTES_PER_VALUE
-        sent = 2 * (self._width - 1) / self._width * message
-        one = self._factors.all_reduce_time + sent / (self._link * self._factors.all_reduce_link)
-        return 2 * one
-
-    def decode_attention_time(self, context: int) -> float:
-        """Return the attention of one layer over all decodes, which read their KV cache once."""
-        return context * self._per_decode_context + self._attention_time
-
-    def prefill_attention_time(self, prefills: Sequence[PrefillChunk]) -> float:
-        """Return the attention of one layer over all prefill chunks, which run as one kernel.
-
-        A chunk of ``c`` tokens after a prefix of ``p`` attends to ``c * p + c * (c + 1) / 2``
-        pairs, of four operations per value of the queries; memory moves the keys and values of
-        the whole context, the queries and the outputs.
-        """
-        pairs, num_tokens, context = 0.0, 0, 0
-        for chunk in prefills:
-            length = chunk.num_tokens
-            pairs += length * (chunk.context - length) + length * (length + 1) / 2
-            num_tokens += length
-            context += chunk.context
-        compute = pairs * self._per_pair
-        memory = context * self._per_prefill_context + num_tokens * self._per_prefill_token
-        return smooth_max(compute, memory, self._smoothness) + self._attention_time
+    def prefill_time(self, prefills: Sequence[PrefillChunk]) -> float:
+        """Return the attention of a stage's layers over all prefill chunks."""
+        time = self._num_full * self._prefill_time(*attended(prefills))
+        if self._num_sliding:
+            time += self._num_sliding * self._prefill_time(*attended(prefills, self._window))
+        return time
 
     def lm_head_time(self, num_sequences: int) -> float:
         """Return the time of the LM head, for one row per decode and per prefill chunk.
@@ -313,31 +243,4 @@ class RooflineStageTime:
         A chunk that does not end its prompt needs none; the product is bound by reading its
         weights, so that a row more costs next to nothing.
         """
-        return self.gemm_time(num_sequences, self._vocabulary, self._hidden_size)
-
-    def send_time(self, num_tokens: int) -> float:
-        """Return the time to send the hidden states to the next stage over the scale-up link."""
-        message = num_tokens * self._hidden_size * BYTES_PER_VALUE
-        return SEND_LATENCY + message / self._link
-
-
-def smooth_max(a: float, b: float, smoothness: float) -> float:
-    """Return ``(a**p + b**p) ** (1 / p)``: the larger of two times where they differ much.
-
-    Where they are close it is more, as kernels overlap compute and memory traffic only in part.
-
-    >>> smooth_max(3.0, 4.0, 2.0)
-    5.0
-    """
-    larger, smaller = (a, b) if a > b else (b, a)
-    if larger == 0:
-        return 0.0
-    return float(larger * (1 + (smaller / larger) ** smoothness) ** (1 / smoothness))
-
-
-@functools.cache
-def _fitted() -> dict[str, Any]:
-    """Read the sheet of fitted factors: the sets, which device uses which, and the default."""
-    sheet = resources.files("vidur_simpy") / "data" / "roofline_factors.json"
-    fitted: dict[str, Any] = json.loads(sheet.read_text(encoding="utf-8"))
-    return fitted
+        return self._kernels.product_time(num_sequences, self._vocabulary, self._hidden_size)
