@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
@@ -447,6 +447,7 @@ INSTANTS = st.floats(0, 1e9)
 
 
 @settings(max_examples=50)
+@example([(0.0, 0.0, "one\rother\r\nlast", True)])
 @given(st.lists(st.tuples(INSTANTS, st.floats(), TEXTS, st.booleans()), min_size=1, max_size=5))
 def test_values_survive_exactly(tmp_path_factory, rows):
     """Every float and every text comes back as it was."""

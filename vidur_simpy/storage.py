@@ -298,6 +298,7 @@ def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFr
             path,
             dtype={name: "str" if kind in texts else kind for name, kind in kinds.items()},
             keep_default_na=False,
+            lineterminator="\n",  # a text may hold the others
             na_values={name: [""] for name, kind in kinds.items() if kind not in texts},
             **_exact_floats(),
         )

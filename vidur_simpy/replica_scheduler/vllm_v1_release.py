@@ -15,7 +15,7 @@ VLLM_VERSIONS = ("0.9.2", "0.11.2", "0.15.1", "0.19.1", "0.23.0", "0.27.1", "0.3
 _SINCE = {
     "refunds_planned_victims": "0.11.2",
     "stops_at_a_prompt_above_the_budget": "0.15.1",
-    "gates_whole_sequences": "0.19.1",
+    "has_admission_gate": "0.19.1",
     "reuses_blank_blocks_first": "0.23.0",
     "has_watermark": "0.27.1",
     "moves_back_for_any_victim": "0.32.0",
@@ -36,7 +36,7 @@ class Release:
         moves back by one; otherwise the request behind it is passed over.
     stops_at_a_prompt_above_the_budget : bool
         Without chunked prefill, a prompt that does not fit the budget blocks those behind it.
-    gates_whole_sequences : bool
+    has_admission_gate : bool
         `scheduler_reserve_full_isl` has an effect.
     reuses_blank_blocks_first : bool
         Freed blocks without content are reused before all cached ones.
@@ -50,7 +50,7 @@ class Release:
 
     refunds_planned_victims: bool
     stops_at_a_prompt_above_the_budget: bool
-    gates_whole_sequences: bool
+    has_admission_gate: bool
     reuses_blank_blocks_first: bool
     has_watermark: bool
     moves_back_for_any_victim: bool
@@ -69,7 +69,7 @@ def release_of(vllm_version: str) -> Release:
 
     Examples
     --------
-    >>> release_of("0.19.1").gates_whole_sequences, release_of("0.15.1").gates_whole_sequences
+    >>> release_of("0.19.1").has_admission_gate, release_of("0.15.1").has_admission_gate
     (True, False)
     """
     if vllm_version not in VLLM_VERSIONS:

@@ -54,7 +54,7 @@ class VllmV1Scheduler:
 
     def __init__(self, policy: VllmV1, resources: ReplicaResources) -> None:
         self.policy = policy
-        self.release = release_of(policy.vllm_version)
+        self.release = release = release_of(policy.vllm_version)
         self.pool = pool = resources.pool
         self.max_model_len = resources.max_model_len
         self.max_running_batches = 2 if policy.async_scheduling else 1
@@ -63,12 +63,9 @@ class VllmV1Scheduler:
         self.prefills: dict[RequestState, None] = {}
         self.lockstep = Lockstep(pool.block_size)
         self.in_flight: deque[Step] = deque()
-        blank_first = self.release.reuses_blank_blocks_first
-        cache = PrefixCache(pool, reuses_blank_first=blank_first)
+        cache = PrefixCache(pool, reuses_blank_first=release.reuses_blank_blocks_first)
         self.blocks = RequestBlocks(pool, cache if policy.enable_prefix_caching else None)
-        self._gates_whole_sequences = (
-            policy.scheduler_reserve_full_isl and self.release.gates_whole_sequences
-        )
+        self._reserves_full_isl = policy.scheduler_reserve_full_isl and release.has_admission_gate
         self._num_watermark_blocks = int(policy.watermark * pool.num_blocks)
         self._states: dict[Request, RequestState] = {}
         self._num_admissions = 0
@@ -151,10 +148,9 @@ class VllmV1Scheduler:
         if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
             ids = ", ".join(str(request.request_id) for request in requests[:10])
             raise SimulationError(
-                f"at {now:.6g} s no request gets on: {ids} evict one another for ever. As in vLLM, "
-                f"requests of equal priority and arrival may do so under the policy "
-                f"{self.policy.policy!r}; expected other priorities, more KV-cache blocks or "
-                f"scheduler_reserve_full_isl."
+                f"at {now:.6g} s no request gets on: {ids} evict one another for ever, as in vLLM "
+                f"requests of equal priority and arrival may; expected other priorities, more "
+                f"KV-cache blocks or scheduler_reserve_full_isl."
             )
 
     def _long_prefill_cap(self) -> int:
@@ -304,7 +300,7 @@ class VllmV1Scheduler:
             num_tokens = min(num_tokens, plan.budget)
             if not self._fits(state, hits, num_cached_tokens + num_tokens):
                 # Nor will it before blocks are freed or a prompt goes on: no need to look again.
-                self._hopeless = state if self._gates_whole_sequences else None
+                self._hopeless = state if self._reserves_full_isl else None
                 return
             del waiting[position]
             self._start(state, hits)
@@ -312,7 +308,7 @@ class VllmV1Scheduler:
 
     def _fits(self, state: RequestState, hits: list[Block], num_tokens: int) -> bool:
         """Whether blocks for the first tokens, or for all that are known, are free."""
-        if self._gates_whole_sequences:
+        if self._reserves_full_isl:
             num_tokens = max(num_tokens, state.request.prefill_target)
         num_blocks = self.pool.blocks_of(num_tokens) - len(hits) + num_unheld(hits)
         if self.running:
