@@ -404,3 +404,17 @@ def test_published_quantiles_are_those_of_the_trace(name, file):
         computed = np.quantile(values, levels, method="inverted_cdf")
         assert computed.tolist() == figures[side]["quantiles_1pct"]
         assert values.std() == pytest.approx(figures[side]["std"], abs=0.1)
+
+
+def test_an_slo_for_each_class_gives_deadlines(write):
+    """A request is due so long after its arrival as its class allows; a given deadline stays."""
+    path = write(
+        "arrived_at,num_prefill_tokens,num_decode_tokens,priority,deadline\n"
+        "0.0,10,2,0,\n1.0,10,2,1,\n2.0,10,2,1,2.5\n"
+    )
+    requests = Trace(path, slo_by_priority={0: 0.5, 1: 10.0}).requests()
+    assert requests.deadline.tolist() == [0.5, 11.0, 2.5]
+    with pytest.raises(TraceError, match="priority 1, slo_by_priority has 0: expected an SLO"):
+        Trace(path, slo_by_priority={0: 0.5}).requests()
+    with pytest.raises(ConfigError, match=r"slo_by_priority\[0\] = -1.0: expected a positive"):
+        Trace(path, slo_by_priority={0: -1.0})

@@ -138,11 +138,14 @@ class Trace:
     clip : {"refuse", "prompt", "proportional"}
         What happens to requests longer than the model takes, see
         :func:`~vidur_simpy.workload.clip_lengths`.
+    slo_by_priority : dict of int to float, optional
+        Seconds from arrival to deadline for each class of requests, told by their `priority` (0
+        where the trace has none). A deadline that is in the trace stays.
 
     Raises
     ------
     ConfigError
-        If both `num_requests` and `duration` are given.
+        If both `num_requests` and `duration` are given, or an SLO is not positive.
     """
 
     path: str | Path
@@ -154,8 +157,14 @@ class Trace:
     duration: float | None = Field(default=None, gt=0)
     hash_block_size: int = Field(default=512, ge=1)
     clip: Clip = "refuse"
+    slo_by_priority: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
+        for priority, slo in (self.slo_by_priority or {}).items():
+            if not slo > 0:
+                raise ConfigError(
+                    f"Trace.slo_by_priority[{priority}] = {slo}: expected a positive number of s."
+                )
         if self.num_requests is not None and self.duration is not None:
             raise ConfigError(
                 f"Trace.num_requests = {self.num_requests} and Trace.duration = "
@@ -173,10 +182,11 @@ class Trace:
         Raises
         ------
         TraceError
-            An unusable file, or fewer requests in it than are asked for.
+            An unusable file, fewer requests in it than are asked for, or a request of a priority
+            without an SLO.
         """
         recorded = read_trace(self.path, self.format, hash_block_size=self.hash_block_size)
-        requests = self._head(self._rescheduled(recorded))
+        requests = self._with_deadlines(self._head(self._rescheduled(recorded)))
         if requests.hash_ids is not None and self.prefill_scale > 1:
             raise ConfigError(
                 f"Trace.prefill_scale = {self.prefill_scale}: expected at most 1, because "
@@ -194,6 +204,23 @@ class Trace:
         if deadline is not None:
             deadline = arrived_at + (deadline - recorded.arrived_at)
         return dataclasses.replace(recorded, arrived_at=arrived_at, deadline=deadline)
+
+    def _with_deadlines(self, requests: RequestArrays) -> RequestArrays:
+        slos = self.slo_by_priority
+        if slos is None:
+            return requests
+        count = len(requests)
+        priority = np.zeros(count, np.int64) if requests.priority is None else requests.priority
+        unknown = sorted(set(priority.tolist()) - slos.keys())
+        if unknown:
+            raise TraceError(
+                f"{self.path} has requests of priority {unknown[0]}, slo_by_priority has "
+                f"{', '.join(map(str, sorted(slos)))}: expected an SLO for every priority."
+            )
+        deadline = requests.arrived_at + np.array([slos[each] for each in priority.tolist()])
+        if requests.deadline is not None:
+            deadline = np.where(np.isnan(requests.deadline), deadline, requests.deadline)
+        return dataclasses.replace(requests, deadline=deadline)
 
     def _head(self, requests: RequestArrays) -> RequestArrays:
         count = len(requests)
