@@ -21,6 +21,7 @@ FLOORS = [
     ["errors", "columns"],
     ["validation", "precision", "huggingface"],
     ["entities", "hardware", "kv_cache"],
+    ["decode_set"],
     ["deployment", "prefix_cache"],
     ["kernel", "workload", "execution_time", "global_scheduler", "replica_scheduler"],
     ["metrics", "series", "storage", "summary"],

@@ -21,7 +21,8 @@ _SHELF = {
     "cluster": ["Cluster"],
     "columns": ["COLUMNS"],
     "config": ["dump_config", "load_config"],
-    "entities": ["Batch", "DecodeSet", "PrefillChunk", "Request"],
+    "decode_set": ["DecodeSet"],
+    "entities": ["Batch", "PrefillChunk", "Request"],
     "errors": [
         "CapacityError",
         "ConfigError",
@@ -133,8 +134,9 @@ if TYPE_CHECKING:
     from vidur_simpy.cluster import Cluster
     from vidur_simpy.columns import COLUMNS
     from vidur_simpy.config import dump_config, load_config
+    from vidur_simpy.decode_set import DecodeSet
     from vidur_simpy.deployment import Deployment
-    from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+    from vidur_simpy.entities import Batch, PrefillChunk, Request
     from vidur_simpy.errors import (
         CapacityError,
         ConfigError,

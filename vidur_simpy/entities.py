@@ -8,7 +8,7 @@ request joins or leaves and costs nothing per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from vidur_simpy.errors import ConfigError
 if TYPE_CHECKING:
     import simpy
 
-__all__ = ["Batch", "DecodeSet", "PrefillChunk", "Request", "by_arrival"]
+    from vidur_simpy.decode_set import DecodeSet, SharedSteps
+
+__all__ = ["Batch", "PrefillChunk", "Request", "by_arrival"]
 
 
 class Request:
@@ -244,173 +246,6 @@ class PrefillChunk:
     def is_current(self) -> bool:
         """Whether the request was not restarted since the chunk was formed."""
         return self.num_restarts == self.request.num_restarts
-
-
-class SharedSteps:
-    """Steps that requests take together, so that a step costs nothing per request.
-
-    What a request had when it joined stays with it; what came since is read from here.
-
-    Attributes
-    ----------
-    iteration : int
-        Steps that have ended.
-    execution_time : float
-        Their times, summed, in seconds.
-    last_end : float
-        When the last of them ended, in seconds.
-    """
-
-    __slots__ = ("execution_time", "iteration", "last_end")
-
-    def __init__(self) -> None:
-        self.iteration = 0
-        self.execution_time = 0.0
-        self.last_end = 0.0
-
-    def join(self, request: Request) -> None:
-        """Let a request take part from the next step on."""
-        request.decode_set = self
-        request._joined_at_iteration = self.iteration
-        request._joined_at_execution_time = self.execution_time
-
-    def leave(self, request: Request) -> None:
-        """Take a request out; it gets the tokens and times of its steps."""
-        request.execution_time, request.preempted_time = self.times_of(request)
-        steps = self.iteration - request._joined_at_iteration
-        if steps:
-            request.last_stage_end = self.last_end
-        request.decode_set = None
-        request._processed += steps
-
-    def leave_out(self, request: Request, execution_time: float) -> None:
-        """Do not count the last step, of `execution_time` seconds, for a request that joined."""
-        request._joined_at_iteration += 1
-        request._joined_at_execution_time += execution_time
-
-    def times_of(self, request: Request) -> tuple[float, float]:
-        """Return a request's execution time and preempted time up to the last step, in seconds."""
-        if self.iteration == request._joined_at_iteration:
-            return request.execution_time, request.preempted_time
-        assert request.last_stage_end is not None
-        executed = self.execution_time - request._joined_at_execution_time
-        waited = self.last_end - request.last_stage_end - executed
-        return request.execution_time + executed, request.preempted_time + max(0.0, waited)
-
-
-class DecodeSet(SharedSteps):
-    """Requests that decode together: one token each per iteration, at O(what changed) a step.
-
-    A request's future is known when it joins: the iteration of its last token, and the iterations
-    in which its context crosses a KV-cache block. Both are written down once, in buckets keyed by
-    iteration, and the sums are kept; a step moves the shared counter and touches only the
-    requests that finish.
-
-    Parameters
-    ----------
-    block_size : int
-        Tokens per KV-cache block.
-
-    Attributes
-    ----------
-    members : dict of Request to None
-        The requests, in batch order.
-    iteration : int
-        Steps taken since the set was made.
-    num_processed_tokens : int
-        Sum over the members.
-    """
-
-    __slots__ = (
-        "_block_phases",
-        "_finishing",
-        "block_size",
-        "is_sorted",
-        "latest_arrival",
-        "members",
-        "num_processed_tokens",
-    )
-
-    def __init__(self, block_size: int) -> None:
-        super().__init__()
-        self.block_size = block_size
-        self.members: dict[Request, None] = {}
-        self.num_processed_tokens = 0
-        self.latest_arrival = float("-inf")
-        self.is_sorted = True
-        self._finishing: dict[int, list[Request]] = {}
-        self._block_phases = [0] * block_size
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    @property
-    def num_blocks_needed(self) -> int:
-        """Blocks that the next step takes: one for each member whose last block is full."""
-        return self._block_phases[self.iteration % self.block_size]
-
-    def join(self, request: Request) -> None:
-        """Add a request whose prefill is complete."""
-        super().join(request)
-        processed = request._processed
-        iteration = self.iteration
-        self.members[request] = None
-        self.num_processed_tokens += processed
-        last_iteration = iteration + request.num_tokens - processed
-        self._finishing.setdefault(last_iteration, []).append(request)
-        self._block_phases[(1 - processed + iteration) % self.block_size] += 1
-        arrived_at = request.arrived_at
-        assert arrived_at is not None
-        if arrived_at < self.latest_arrival:
-            self.is_sorted = False
-        else:
-            self.latest_arrival = arrived_at
-
-    def leave(self, request: Request) -> None:
-        """Take a member out before its last token."""
-        bucket = request._joined_at_iteration + request.num_tokens - request._processed
-        self._finishing[bucket].remove(request)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        """Settle what the set kept for the member: its tokens, blocks and times."""
-        phase = 1 - request._processed + request._joined_at_iteration
-        self._block_phases[phase % self.block_size] -= 1
-        del self.members[request]
-        super().leave(request)
-        self.num_processed_tokens -= request._processed
-
-    def absorb(self, others: Iterable[Request]) -> None:
-        """Add requests, in their order; those that decode in another set leave it."""
-        for request in others:
-            if request.decode_set is not None:
-                request.decode_set.leave(request)
-            self.join(request)
-
-    def sort_by_arrival(self) -> None:
-        """Put the members in order of arrival; those of one instant keep their order."""
-        if not self.is_sorted:
-            self.members = dict.fromkeys(sorted(self.members, key=by_arrival))
-            self.is_sorted = True
-
-    def advance(self, now: float, execution_time: float) -> Sequence[Request]:
-        """Take one step of every member that ended at `now`; return those that are complete.
-
-        Parameters
-        ----------
-        now : float
-            End of the last stage, in seconds.
-        execution_time : float
-            Time of the step, summed over the pipeline stages, in seconds.
-        """
-        self.iteration += 1
-        self.num_processed_tokens += len(self.members)
-        self.execution_time += execution_time
-        self.last_end = now
-        finished = self._finishing.pop(self.iteration, ())
-        for request in finished:
-            self._forget(request)
-        return finished
 
 
 def by_arrival(request: Request) -> float:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from vidur_simpy.entities import Batch, DecodeSet, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, WaitingQueue, queue_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 
 __all__ = ["Draft", "GrowingBatch", "PrefillTimes", "chunk_of", "tokens_for_time"]
 

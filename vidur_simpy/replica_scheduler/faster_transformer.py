@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from vidur_simpy.entities import Batch, DecodeSet, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, Request
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.orca import ReservingBatching
 from vidur_simpy.replica_scheduler.ordering import Ordering

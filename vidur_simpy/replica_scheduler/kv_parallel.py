@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.replica_scheduler.chunk_sizing import Draft, GrowingBatch, chunk_of

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.chunk_sizing import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from vidur_simpy.entities import Batch, DecodeSet, PrefillChunk, Request
+from vidur_simpy.decode_set import DecodeSet
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import CapacityError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources

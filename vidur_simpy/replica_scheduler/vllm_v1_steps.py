@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from vidur_simpy.entities import Batch, PrefillChunk, Request, SharedSteps
+from vidur_simpy.decode_set import SharedSteps
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.prefix_cache import Block, BlockKeys
 from vidur_simpy.replica_scheduler.vllm_v1_release import Release
 
