@@ -17,7 +17,7 @@ from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, WaitingQueue, queue_of
 
-__all__ = ["ContinuousBatching"]
+__all__ = ["ContinuousBatching", "longer_than_a_batch"]
 
 
 class ContinuousBatching:
@@ -268,3 +268,13 @@ def _in_order(
     for request, position in zip(reversed(prefills), reversed(ahead), strict=True):
         requests.insert(position, request)
     return requests
+
+
+def longer_than_a_batch(request: Request, max_num_batched_tokens: int) -> str:
+    """Return why a prompt that is batched whole never fits a batch; an empty string if it does."""
+    if request.num_prefill_tokens <= max_num_batched_tokens:
+        return ""
+    return (
+        f"its prompt of {request.num_prefill_tokens} tokens is longer than "
+        f"max_num_batched_tokens = {max_num_batched_tokens}"
+    )

@@ -122,10 +122,6 @@ class KVParallelBlocks:
                 return ([*full, last] if last else full), last_blocks
         return [], 0
 
-    def has_room(self, request: Request) -> bool:
-        """Whether a block is free in the group where the request goes on."""
-        return self.num_free[self.last_group(request)] >= 1
-
     def grow(self, request: Request) -> int:
         """Reserve the block that the next decode step takes, if it takes one; return how many."""
         held = self._held[request]

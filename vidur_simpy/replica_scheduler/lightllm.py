@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
-from vidur_simpy.replica_scheduler.batching import ContinuousBatching
+from vidur_simpy.replica_scheduler.batching import ContinuousBatching, longer_than_a_batch
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
@@ -70,11 +70,9 @@ class LightLLMScheduler(ContinuousBatching):
 
     def refusal(self, request: Request) -> str:
         """Return why the request can never run here; an empty string if it can."""
-        if request.num_prefill_tokens > self.max_num_batched_tokens:
-            return (
-                f"its prompt of {request.num_prefill_tokens} tokens is longer than "
-                f"max_num_batched_tokens = {self.max_num_batched_tokens}"
-            )
+        too_long = longer_than_a_batch(request, self.max_num_batched_tokens)
+        if too_long:
+            return too_long
         # Admission always counts the token that the prefill yields.
         most = max(request.num_tokens - 1, request.num_prefill_tokens + 1)
         if most >= self.pool.num_blocks:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, PrefillChunk, Request
-from vidur_simpy.replica_scheduler.batching import ContinuousBatching
+from vidur_simpy.replica_scheduler.batching import ContinuousBatching, longer_than_a_batch
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Ordering
 from vidur_simpy.validation import configuration
@@ -53,12 +53,8 @@ class VllmScheduler(ContinuousBatching):
 
     def refusal(self, request: Request) -> str:
         """Return why the request can never run here; an empty string if it can."""
-        if request.num_prefill_tokens > self.max_num_batched_tokens:
-            return (
-                f"its prompt of {request.num_prefill_tokens} tokens is longer than "
-                f"max_num_batched_tokens = {self.max_num_batched_tokens}"
-            )
-        return super().refusal(request)
+        too_long = longer_than_a_batch(request, self.max_num_batched_tokens)
+        return too_long or super().refusal(request)
 
     def schedule(self, now: float) -> Batch | None:
         """Admit whole prompts while they fit; if there are none, decode."""
