@@ -24,17 +24,19 @@ FLOORS = [
     ["decode_set"],
     ["deployment", "prefix_cache"],
     ["kernel", "workload", "execution_time", "global_scheduler", "replica_scheduler"],
-    ["metrics", "series", "storage", "summary"],
+    ["metrics", "fast_forward", "series", "storage", "summary", "fitting"],
     ["processes", "cluster", "drawing"],
-    ["config", "plots"],
+    ["config", "plots", "measurements"],
     ["result"],
     ["simulation"],
+    ["replay"],
+    ["calibration", "uncertainty"],
     ["cli"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # Where SimPy may be seen: the clock, the main loop, and what wires them.
-ON_THE_CLOCK = {"kernel", "processes", "simulation"}
+ON_THE_CLOCK = {"kernel", "fast_forward", "processes", "simulation"}
 
 
 def name_of(file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
 from vidur_simpy.entities import Request, by_arrival
 
@@ -86,6 +87,7 @@ class DecodeSet(SharedSteps):
 
     __slots__ = (
         "_block_phases",
+        "_finishes",
         "_finishing",
         "block_size",
         "is_sorted",
@@ -102,6 +104,7 @@ class DecodeSet(SharedSteps):
         self.latest_arrival = float("-inf")
         self.is_sorted = True
         self._finishing: dict[int, list[Request]] = {}
+        self._finishes: list[int] = []
         self._block_phases = [0] * block_size
 
     def __len__(self) -> int:
@@ -112,6 +115,45 @@ class DecodeSet(SharedSteps):
         """Blocks that the next step takes: one for each member whose last block is full."""
         return self._block_phases[self.iteration % self.block_size]
 
+    @property
+    def num_steps_to_finish(self) -> int:
+        """Steps until some member has its last token."""
+        finishes = self._finishes
+        while finishes[0] not in self._finishing:
+            heappop(finishes)
+        return finishes[0] - self.iteration
+
+    def num_steady_steps(self, num_free: int) -> int:
+        """Further steps after the one under way that nobody finishes before and blocks suffice for.
+
+        A lower bound; `num_free` are the blocks free now.
+        """
+        steps = self.num_steps_to_finish - 1
+        # In `block_size` steps each member takes a block; one has to stay free.
+        return min(steps, self.block_size * max(0, (num_free - 1) // len(self.members)))
+
+    def skip(self, execution_times: Sequence[float], now: float) -> list[int]:
+        """Take steps in which nobody finishes; return the blocks that the step after each takes.
+
+        Parameters
+        ----------
+        execution_times : sequence of float
+            Time of each step, in seconds.
+        now : float
+            End of the last one, in seconds.
+        """
+        num_steps = len(execution_times)
+        total = self.execution_time
+        for execution_time in execution_times:
+            total += execution_time
+        self.execution_time = float(total)
+        first = self.iteration + 1
+        self.iteration += num_steps
+        self.num_processed_tokens += num_steps * len(self.members)
+        self.last_end = now
+        phases, block_size = self._block_phases, self.block_size
+        return [phases[step % block_size] for step in range(first, first + num_steps)]
+
     def join(self, request: Request) -> None:
         """Add a request whose prefill is complete."""
         super().join(request)
@@ -120,7 +162,12 @@ class DecodeSet(SharedSteps):
         self.members[request] = None
         self.num_processed_tokens += processed
         last_iteration = iteration + request.num_tokens - processed
-        self._finishing.setdefault(last_iteration, []).append(request)
+        finishing = self._finishing.get(last_iteration)
+        if finishing is None:
+            self._finishing[last_iteration] = [request]
+            heappush(self._finishes, last_iteration)
+        else:
+            finishing.append(request)
         self._block_phases[(1 - processed + iteration) % self.block_size] += 1
         arrived_at = request.arrived_at
         assert arrived_at is not None
@@ -170,7 +217,12 @@ class DecodeSet(SharedSteps):
         self.num_processed_tokens += len(self.members)
         self.execution_time += execution_time
         self.last_end = now
-        finished = self._finishing.pop(self.iteration, ())
+        finished = self._finishing.pop(self.iteration, None)
+        if finished is None:
+            return ()
         for request in finished:
             self._forget(request)
+        finishes = self._finishes
+        while finishes and finishes[0] <= self.iteration:
+            heappop(finishes)
         return finished

@@ -57,6 +57,12 @@ class GlobalScheduler(Protocol):
         ...
 
 
+def _only_counting(route: Route[ReplicaState]) -> Route[ReplicaState]:
+    """Mark a router that looks at no more than :class:`ReplicaState` says."""
+    route.only_counts_requests = True  # type: ignore[attr-defined]
+    return route
+
+
 @configuration
 class RoundRobin:
     """One replica after the other."""
@@ -71,7 +77,7 @@ class RoundRobin:
             turn += 1
             return replica
 
-        return route
+        return _only_counting(route)
 
 
 @configuration
@@ -84,7 +90,7 @@ class RandomRouting:
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
             return replicas[int(rng.integers(len(replicas)))]
 
-        return route
+        return _only_counting(route)
 
 
 @configuration
@@ -97,7 +103,7 @@ class LeastOutstandingRequests:
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
             return min(replicas, key=lambda replica: replica.num_outstanding)
 
-        return route
+        return _only_counting(route)
 
 
 @configuration
@@ -113,7 +119,7 @@ class LeastWaitingRequests:
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
             return min(replicas, key=lambda replica: replica.num_waiting)
 
-        return route
+        return _only_counting(route)
 
 
 GLOBAL_SCHEDULERS: dict[str, type] = {

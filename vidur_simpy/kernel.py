@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import count
 from math import inf
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import simpy
 from simpy.core import BoundClass, StopSimulation
@@ -26,7 +26,7 @@ from simpy.events import NORMAL, URGENT, Event, EventPriority
 
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 
-__all__ = ["Environment", "EventOrder", "EventType", "Signal", "TypedEvent"]
+__all__ = ["Environment", "EventOrder", "EventType", "Shortcut", "Signal", "TypedEvent"]
 
 EventOrder = Literal["type", "id"]
 
@@ -35,6 +35,20 @@ Where = tuple[int | None, int | None]
 
 
 _FIRST_ARRIVAL_ID = -(2**62)
+_FIRST_TYPED_PRIORITY = 1
+
+
+class Shortcut(Protocol):
+    """Something that lets one event stand for several, as long as nobody looks or listens."""
+
+    def settle(self, now: float) -> None:
+        """Do what the events before `now` (seconds) would have done."""
+
+    def show(self, now: float) -> None:
+        """Settle, and let what ends right `now` end by itself, before a look at this instant."""
+
+    def cut(self, now: float) -> None:
+        """Settle, and let what comes after the present step happen event by event."""
 
 
 class EventType(IntEnum):
@@ -115,9 +129,12 @@ class Environment(simpy.Environment):
         if event_order not in ("type", "id"):
             raise unknown_name("event_order", event_order, ["type", "id"])
         self.event_order = event_order
+        self._may_skip = event_order == "type"
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {}
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
         self._is_interrupted = False
+        # What stands for several events at once, to be told before somebody looks or listens.
+        self.shortcuts: dict[Shortcut, None] = {}
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
         for name, bound_class in simpy.Environment.__dict__.items():
             if isinstance(bound_class, BoundClass):
@@ -149,9 +166,38 @@ class Environment(simpy.Environment):
         return Signal(self, event_type).at(time, value)
 
     def cancel(self, event: Event) -> None:
-        """Take an event out of the queue that has not happened yet. O(queue), for rare use."""
-        self._queue[:] = [entry for entry in self._queue if entry[3] is not event]
-        heapify(self._queue)
+        """Let an event that is queued never happen; what is left of it is passed over."""
+        event.callbacks = None  # type: ignore[assignment]
+        if isinstance(event, TypedEvent):
+            event.signal.let_go(event)
+
+    @property
+    def is_unobserved(self) -> bool:
+        """Whether events may be left out: nobody listens, and their order is by type."""
+        return not self._listeners and self._may_skip
+
+    def is_alone_at(self, instant: float) -> bool:
+        """Whether nothing is queued for this instant any more."""
+        return not self._queue or self._queue[0][0] > instant
+
+    def peek(self) -> float:
+        """Return the instant of the next event, in seconds; infinity if there is none."""
+        self._pass_over_cancelled()
+        return super().peek()
+
+    def _pass_over_cancelled(self) -> None:
+        while self._queue and self._queue[0][3].callbacks is None:
+            heappop(self._queue)
+
+    def settle(self) -> None:
+        """Bring everything that several events stand for up to the present."""
+        for shortcut in self.shortcuts:
+            shortcut.settle(self._now)
+
+    def show(self) -> None:
+        """Settle for a look from among the typed events: what ends now has to end before."""
+        for shortcut in self.shortcuts:
+            shortcut.show(self._now)
 
     @property
     def num_events(self) -> int:
@@ -164,6 +210,8 @@ class Environment(simpy.Environment):
         """Call `listener(event)` each time an event of this type has been handled."""
         if event_type not in list(EventType):
             raise unknown_name("event_type", event_type, EventType.__members__)
+        for shortcut in tuple(self.shortcuts):
+            shortcut.cut(self._now)
         self._listeners.setdefault(EventType(event_type), []).append(listener)
 
     def unsubscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
@@ -183,7 +231,12 @@ class Environment(simpy.Environment):
 
     def step(self) -> None:
         """Handle the next event, as SimPy does, and tell who listens to it."""
-        event = self._queue[0][3] if self._queue else None
+        self._pass_over_cancelled()
+        event = None
+        if self._queue:
+            self._now, priority, _, event = self._queue[0]
+            if priority < _FIRST_TYPED_PRIORITY:
+                self.settle()
         super().step()
         self._tell(event)
 
@@ -210,7 +263,10 @@ class Environment(simpy.Environment):
 
     def _run(self, until: float | Event | None) -> Any:
         if until is None:
-            self._handle_events()
+            try:
+                self._handle_events()
+            finally:
+                self.settle()
             return None
         stop = until if isinstance(until, Event) else self._stop_at(until)
         if stop.callbacks is None:
@@ -221,6 +277,7 @@ class Environment(simpy.Environment):
         except StopSimulation as stopped:
             return stopped.args[0]
         finally:
+            self.settle()
             # A run that was cut short must not stop a later one.
             if stop.callbacks and StopSimulation.callback in stop.callbacks:
                 stop.callbacks.remove(StopSimulation.callback)
@@ -246,10 +303,16 @@ class Environment(simpy.Environment):
 
     def _handle_events(self) -> None:
         """Handle events until none is left: SimPy's `step` in a loop, without a call for each."""
-        queue, listeners = self._queue, self._listeners
+        queue, listeners, shortcuts = self._queue, self._listeners, self.shortcuts
         while queue:
-            self._now, _, _, event = heappop(queue)
-            callbacks, event.callbacks = event.callbacks, None  # type: ignore[assignment]
+            now, priority, _, event = heappop(queue)
+            callbacks = event.callbacks
+            if callbacks is None:  # cancelled
+                continue
+            self._now = now
+            if priority < _FIRST_TYPED_PRIORITY and shortcuts:
+                self.settle()  # whoever is told may look
+            event.callbacks = None  # type: ignore[assignment]
             try:
                 for callback in callbacks:
                     callback(event)
@@ -361,7 +424,7 @@ class Signal:
     def raise_now(self, value: Any = None) -> None:
         """Raise the event at the present instant, for the process that waits."""
         event = self._awaited
-        if event is None:
+        if event is None or not event.callbacks:  # nobody waits, or not any more
             last = self._last
             if (
                 self._may_merge

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from vidur_simpy.errors import SimulationError
@@ -117,6 +119,36 @@ class BlockPool:
         """Note the use of the blocks up to `now`, before it changes."""
         self._usage_integral += (self.num_blocks - self.num_free) * (now - self._usage_since)
         self._usage_since = now
+
+    def skip(
+        self, num_blocks: Sequence[int], started_at: float, ends: Sequence[float]
+    ) -> Sequence[float]:
+        """Note the use during iterations, and reserve what the ones that follow take.
+
+        Parameters
+        ----------
+        num_blocks : sequence of int
+            Blocks reserved at the end of each iteration.
+        started_at : float
+            When the first one started, in seconds.
+        ends : sequence of float
+            Ends of the iterations, in seconds.
+
+        Returns
+        -------
+        sequence of float
+            Share of the blocks in use from each end on.
+        """
+        used = self.num_blocks - self.num_free
+        integral, since, usages = self._usage_integral, started_at, []
+        for end, taken in zip(ends, num_blocks, strict=True):
+            integral += used * (end - since)
+            since = end
+            used += taken
+            usages.append(used / self.num_blocks)
+        self._usage_integral, self._usage_since = integral, since
+        self.reserve(used - (self.num_blocks - self.num_free))
+        return usages
 
     def mean_usage(self, now: float) -> float:
         """Time-weighted mean share of the blocks in use from 0 to `now` seconds."""

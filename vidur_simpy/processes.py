@@ -18,6 +18,7 @@ from simpy.events import Event
 
 from vidur_simpy.entities import Batch, Request, by_arrival
 from vidur_simpy.errors import SimulationError
+from vidur_simpy.fast_forward import FastStage
 from vidur_simpy.global_scheduler import Route
 from vidur_simpy.kernel import Environment, EventType, Signal, TypedEvent
 from vidur_simpy.kv_cache import BlockPool
@@ -32,10 +33,17 @@ ProcessGenerator = Generator[Event, Any, None]
 def arrivals(env: Environment, requests: Iterable[Request], router: Router) -> ProcessGenerator:
     """Process: bring each request to the router at the exact instant it arrives."""
     arrival = Signal(env, EventType.REQUEST_ARRIVAL)
+    previous: Request | None = None
     for request in requests:
         assert request.arrived_at is not None
-        yield arrival.at(request.arrived_at, request)
-        router.receive(request)
+        # The next arrival is in the queue before this one is handled: it may be simultaneous.
+        event = arrival.at(request.arrived_at, request)
+        if previous is not None:
+            router.receive(previous)
+        yield event
+        previous = request
+    if previous is not None:
+        router.receive(previous)
 
 
 class Router:
@@ -73,8 +81,10 @@ class Router:
         self._route = route
         self._refusal = refusal
         self._on_refused = on_refused
+        # A router of the user's own may look at anything.
+        self._may_look = not getattr(route, "only_counts_requests", False)
         self.schedule = Signal(env, EventType.GLOBAL_SCHEDULE)
-        self.process = env.process(self._map_requests())
+        self.process = env.process(self._run())
 
     def receive(self, request: Request) -> None:
         """Queue a request that has arrived; one that can never run is refused with a reason."""
@@ -84,26 +94,41 @@ class Router:
             self._on_refused(request)
             return
         self.queue.append(request)
-        self.schedule.raise_now()
+        env = self.env
+        if self._may_look:
+            env.show()
+        if env.is_unobserved and env.is_alone_at(env._now):
+            self._map_requests()
+        else:
+            self.schedule.raise_now()
 
-    def _map_requests(self) -> ProcessGenerator:
-        """Process: at each GLOBAL_SCHEDULE map all queued requests, in order of arrival."""
+    def _run(self) -> ProcessGenerator:
+        """Process: at each GLOBAL_SCHEDULE map the queued requests."""
         while True:
             yield self.schedule.wait()
-            if not self.queue:
-                continue
-            requests, self.queue = sorted(self.queue, key=by_arrival), []
-            affected: dict[int, Replica] = {}
-            for request in requests:
-                replica = self._route(request, self.replicas)
-                if not isinstance(replica, Replica):
-                    raise SimulationError(
-                        f"the router gave {replica!r} for {request}: expected one of the replicas."
-                    )
-                replica.add(request)
-                affected[replica.replica_id] = replica
-            for replica_id in sorted(affected):
-                affected[replica_id].schedule.raise_now()
+            self._map_requests()
+
+    def _map_requests(self) -> None:
+        """Map all queued requests to replicas, in order of arrival."""
+        requests = self.queue
+        if len(requests) == 1:
+            self.queue = []
+            self._map(requests[0]).wake()
+            return
+        self.queue = []
+        requests.sort(key=by_arrival)
+        affected = {replica.replica_id: replica for replica in map(self._map, requests)}
+        for replica_id in sorted(affected):
+            affected[replica_id].wake()
+
+    def _map(self, request: Request) -> Replica:
+        replica = self._route(request, self.replicas)
+        if not isinstance(replica, Replica):
+            raise SimulationError(
+                f"the router gave {replica!r} for {request}: expected one of the replicas."
+            )
+        replica.add(request)
+        return replica
 
 
 class Replica:
@@ -156,11 +181,13 @@ class Replica:
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
         self.num_attention_pairs = 0
+        self.num_stages = num_stages
         self._on_completed = on_completed
         self._first_stage_taken = False
+        self._is_paused = False
         self._max_running_batches = getattr(scheduler, "max_running_batches", num_stages)
         # More batches than stages: the next one queues at the first stage while it is taken.
-        self._plans_ahead = self._max_running_batches > num_stages
+        self.plans_ahead = self._max_running_batches > num_stages
         self.schedule = Signal(env, EventType.REPLICA_SCHEDULE, (replica_id, None))
         self.batch_end = Signal(env, EventType.BATCH_END, (replica_id, None))
         self.stages = [Stage(env, self, stage_id, stage_time) for stage_id in range(num_stages)]
@@ -187,6 +214,8 @@ class Replica:
 
     def add(self, request: Request) -> None:
         """Take a request that was routed here."""
+        if self.env.shortcuts:
+            self.stages[0].fast.cut(self.env._now)
         request.replica_id = self.replica_id
         self.num_outstanding += 1
         self.num_requests += 1
@@ -194,40 +223,66 @@ class Replica:
 
     def _form_batches(self) -> ProcessGenerator:
         """Process: at each REPLICA_SCHEDULE form at most one batch, if the first stage is free."""
+        schedule = self.schedule
         while True:
             try:
-                yield self.schedule.wait()
+                yield schedule.wait()
             except simpy.Interrupt as interrupt:
+                self._is_paused = True
+                self.stages[0].fast.cut(self.env._now)
                 yield from _pause(self.env, interrupt)
-                self.schedule.raise_now()
+                self._is_paused = False
+                schedule.raise_now()
                 continue
-            if self.num_running_batches < self._max_running_batches and not self._first_stage_taken:
-                self.pool.tick(self.env._now)
-                batch = self.scheduler.schedule(self.env._now)
-                while batch is None and self.schedule.num_merged:
-                    # The same event again: a preemption may have made room meanwhile.
-                    self.schedule.num_merged -= 1
-                    batch = self.scheduler.schedule(self.env._now)
-                if batch is not None:
-                    self._send(batch)
-                    if self._plans_ahead:
-                        self.schedule.raise_now()
-            self.schedule.num_merged = 0
+            # The same event again: a preemption may have made room meanwhile.
+            self.form_batch(1 + schedule.num_merged)
+            schedule.num_merged = 0
 
-    def _send(self, batch: Batch) -> None:
+    def form_batch(self, num_attempts: int = 1) -> None:
+        """Form a batch and send it to the first stage, if it is free and there is any."""
+        while self.num_running_batches < self._max_running_batches and not self._first_stage_taken:
+            now = self.env._now
+            self.pool.tick(now)
+            batch = self.scheduler.schedule(now)
+            while batch is None and num_attempts > 1:
+                num_attempts -= 1
+                batch = self.scheduler.schedule(now)
+            if batch is None:
+                return
+            self._send(batch, now)
+            if not self.plans_ahead:
+                return
+            num_attempts = 1
+            if not self.env.is_unobserved or not self.env.is_alone_at(now):
+                self.schedule.raise_now()
+                return
+
+    def wake(self, num_times: int = 1) -> None:
+        """Raise REPLICA_SCHEDULE so often; in place, if nothing else is due and nobody listens."""
+        env = self.env
+        if env.is_unobserved and env.is_alone_at(env._now):
+            if not self._is_paused:
+                self.form_batch(num_times)
+        else:
+            for _ in range(num_times):
+                self.schedule.raise_now()
+
+    def _send(self, batch: Batch, now: float) -> None:
         """Send a batch that was just formed to the first stage."""
-        now = self.env._now
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         batch.scheduled_at = now
         self.num_batches_formed += 1
         self.num_running_batches += 1
-        self._first_stage_taken = not self._plans_ahead
+        self._first_stage_taken = not self.plans_ahead
         if now >= self.timeline.next_at:
             self.timeline.sample(
                 now, self.scheduler.num_running, self.scheduler.num_waiting, self.pool.usage
             )
-        self.stages[0].arrival.at(now, batch)
+        if self.env.is_unobserved:
+            self.stages[0].receive(batch, now)
+        else:
+            self.stages[0].arrival.at(now, batch)
 
     def end_first_stage(self, batch: Batch) -> None:
         """Let the next batch enter: the first stage is done with this one."""
@@ -236,22 +291,55 @@ class Replica:
             self.scheduler.end_first_stage(batch)
 
     def _end_batches(self) -> ProcessGenerator:
-        """Process: at each BATCH_END free memory, complete requests, and schedule again."""
+        """Process: at each BATCH_END end the batch, and schedule again."""
         while True:
             batch: Batch = yield self.batch_end.wait()
-            now = self.env._now
-            self.pool.tick(now)
-            self.num_running_batches -= 1
-            self.num_batches += 1
-            self.num_prefill_tokens += batch.num_prefill_tokens
-            self.num_decode_tokens += batch.num_decodes
-            self.num_attention_pairs += batch.num_attention_pairs
-            for request in self.scheduler.end(batch, now):
-                request.completed_at = now
-                self.num_outstanding -= 1
-                self.num_restarts += request.num_restarts
-                self._on_completed(request)
+            self.end_batch(batch, self.env._now)
             self.schedule.raise_now()
+
+    def end_batch(self, batch: Batch, now: float) -> None:
+        """Free memory, and complete requests."""
+        self.pool.tick(now)
+        self.num_running_batches -= 1
+        self.num_batches += 1
+        self.num_prefill_tokens += batch.num_prefill_tokens
+        self.num_decode_tokens += batch.num_decodes
+        self.num_attention_pairs += batch.num_attention_pairs
+        for request in self.scheduler.end(batch, now):
+            request.completed_at = now
+            self.num_outstanding -= 1
+            self.num_restarts += request.num_restarts
+            self._on_completed(request)
+
+    def skip(self, batch: Batch, ends: Sequence[float], usages: Sequence[float]) -> None:
+        """Count iterations of one set of decodes, `batch` the first, that ended one after another.
+
+        Parameters
+        ----------
+        batch : Batch
+            Left as the iteration that follows.
+        ends : sequence of float
+            Ends of the iterations, in seconds.
+        usages : sequence of float
+            Share of the KV cache in use once the iteration that follows each of them was formed.
+        """
+        num_steps, num_decodes = len(ends), batch.num_decodes
+        self.num_batches += num_steps
+        self.num_batches_formed += num_steps
+        self.num_decode_tokens += num_steps * num_decodes
+        added = num_steps * num_decodes
+        self.num_attention_pairs += num_steps * batch.decode_context + (num_steps - 1) * added // 2
+        batch.decode_context += added
+        batch.total_context += added
+        batch.num_attention_pairs += added
+        batch.batch_index += num_steps
+        batch.scheduled_at = float(ends[-1])
+        timeline = self.timeline
+        if ends[-1] >= timeline.next_at:
+            num_running, num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
+            for formed_at, usage in zip(ends, usages, strict=True):
+                if formed_at >= timeline.next_at:
+                    timeline.sample(float(formed_at), num_running, num_waiting, float(usage))
 
 
 class Stage(simpy.Resource):
@@ -287,11 +375,13 @@ class Stage(simpy.Resource):
         self.busy_time = 0.0
         self.queue: deque[Batch] = deque()
         self.users: list[Any] = []
-        self._stage_time = stage_time
+        self.stage_time = stage_time
+        self._is_paused = False
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
         self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
         self.end = Signal(env, EventType.BATCH_STAGE_END, where)
+        self.fast = FastStage(replica, self)
         self.process = env.process(self._execute_batches())
 
     @property
@@ -310,6 +400,18 @@ class Stage(simpy.Resource):
         self.queue.append(event._value)
         self.schedule.raise_now()
 
+    def receive(self, batch: Batch, now: float) -> None:
+        """As BATCH_STAGE_ARRIVAL and REPLICA_STAGE_SCHEDULE, when nobody listens to them."""
+        self.replica.pool.validate()
+        self.queue.append(batch)
+        if not (self.users or self._is_paused):
+            self.fast.start(now)
+
+    def _do_put(self, event: Any) -> None:
+        """Give the stage to a user's process, when the batch under way has ended."""
+        self.fast.cut(self.env.now)
+        super()._do_put(event)
+
     def _do_get(self, event: Any) -> None:
         """Release the stage, and let the batches behind go on."""
         super()._do_get(event)
@@ -322,33 +424,41 @@ class Stage(simpy.Resource):
             try:
                 yield self.schedule.wait()
             except simpy.Interrupt as interrupt:
+                under_way = self.fast.take_over()
+                paused_at = env.now
+                self._is_paused = True
                 yield from _pause(env, interrupt)
-                self.schedule.raise_now()
+                self._is_paused = False
+                if under_way is None:
+                    self.schedule.raise_now()
+                else:
+                    yield from self._execute(*_delayed(under_way, paused_at, env.now))
                 continue
-            if self.users or not self.queue:
-                continue
-            batch = self.queue.popleft()
-            self.users.append(batch)
-            duration = self._start(batch)
-            ends_at = env._now + duration
-            end = self.end.at(ends_at, batch)
-            while True:
-                try:
-                    yield end
-                    break
-                except simpy.Interrupt as interrupt:
-                    paused_at = env.now
-                    env.cancel(end)
-                    yield from _pause(env, interrupt)
-                    ends_at = max(env.now, ends_at + (env.now - paused_at))
-                    duration += env.now - paused_at
-                    end = self.end.at(ends_at, batch)
-            self._end(batch, duration)
+            if not self.users and self.queue:
+                batch = self.queue.popleft()
+                self.users.append(batch)
+                duration = self.start(batch)
+                yield from self._execute(batch, env._now + duration, duration)
 
-    def _start(self, batch: Batch) -> float:
+    def _execute(self, batch: Batch, ends_at: float, duration: float) -> ProcessGenerator:
+        """Part of a process: let a batch take its time, and that of every interrupt."""
+        env = self.env
+        while True:
+            end = self.end.at(ends_at, batch)
+            try:
+                yield end
+                break
+            except simpy.Interrupt as interrupt:
+                paused_at = env.now
+                env.cancel(end)
+                yield from _pause(env, interrupt)
+                batch, ends_at, duration = _delayed((batch, ends_at, duration), paused_at, env.now)
+        self.finish(batch, duration)
+
+    def start(self, batch: Batch) -> float:
         """Begin a batch; return how long the stage takes, in seconds."""
         now = self.env._now
-        duration = self._stage_time(batch, self.stage_id)
+        duration = self.stage_time(batch, self.stage_id)
         try:
             is_valid = 0.0 <= duration < inf
         except (TypeError, ValueError):  # not a number at all
@@ -367,15 +477,20 @@ class Stage(simpy.Resource):
                 request.preempted_time += now - request.last_stage_end
         return duration
 
-    def _end(self, batch: Batch, duration: float) -> None:
-        """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
-        now = self.env._now
+    def note_end(self, batch: Batch, duration: float, now: float) -> None:
+        """Count a batch that has ended; the stage is idle again."""
         self.users.clear()
         self.busy_time += duration
         batch.execution_time += duration
         for chunk in batch.prefills:
-            chunk.request.execution_time += duration
-            chunk.request.last_stage_end = now
+            request = chunk.request
+            request.execution_time += duration
+            request.last_stage_end = now
+
+    def finish(self, batch: Batch, duration: float) -> None:
+        """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
+        now = self.env._now
+        self.note_end(batch, duration, now)
         replica = self.replica
         if self.put_queue:
             self._trigger_put(None)
@@ -389,6 +504,15 @@ class Stage(simpy.Resource):
         if self.stage_id == 0:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()
+
+
+def _delayed(
+    under_way: tuple[Batch, float, float], paused_at: float, now: float
+) -> tuple[Batch, float, float]:
+    """Return a batch with its end and its duration, later by a pause that is over now."""
+    batch, ends_at, duration = under_way
+    pause = now - paused_at
+    return batch, max(now, ends_at + pause), duration + pause
 
 
 def _pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:

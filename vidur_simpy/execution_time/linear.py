@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from vidur_simpy.deployment import Deployment
     from vidur_simpy.execution_time import BatchCounts, StageTime
 
 __all__ = ["Linear"]
+
+# Below so many iterations plain Python is faster than numpy.
+_FEW = 32
 
 
 @configuration
@@ -44,11 +50,34 @@ class Linear:
 
     def for_replica(self, deployment: Deployment) -> StageTime:
         """Return the stage times of a replica, of which only the number of stages counts."""
-        base, per_token, per_context_token = self.base, self.per_token, self.per_context_token
-        num_stages = deployment.pipeline_parallel_size
+        return LinearStageTime(self, deployment.pipeline_parallel_size)
 
-        def stage_time(batch: BatchCounts, stage_id: int) -> float:
-            tokens, context = batch.num_tokens, batch.total_context
-            return (base + per_token * tokens + per_context_token * context) / num_stages
 
-        return stage_time
+class LinearStageTime:
+    """The line of one replica: call it with a batch and a stage for the seconds."""
+
+    def __init__(self, line: Linear, num_stages: int) -> None:
+        self._base = line.base
+        self._per_token = line.per_token
+        self._per_context_token = line.per_context_token
+        self._num_stages = num_stages
+
+    def __call__(self, batch: BatchCounts, stage_id: int) -> float:
+        """Return the seconds that a stage takes for a batch."""
+        return (
+            self._base
+            + self._per_token * batch.num_tokens
+            + self._per_context_token * batch.total_context
+        ) / self._num_stages
+
+    def decode_times(
+        self, num_decodes: int, decode_context: int, num_iterations: int, stage_id: int
+    ) -> list[float] | NDArray[np.float64]:
+        """Return the seconds of each of the next iterations of the same decodes."""
+        last = decode_context + num_decodes * num_iterations
+        start = self._base + self._per_token * num_decodes
+        slope, num_stages = self._per_context_token, self._num_stages
+        if num_iterations < _FEW:
+            contexts = range(decode_context, last, num_decodes)
+            return [(start + slope * context) / num_stages for context in contexts]
+        return (start + slope * np.arange(decode_context, last, num_decodes)) / num_stages

@@ -220,6 +220,29 @@ class ContinuousBatching:
             return self.pool.blocks_of(request.num_processed_tokens - 1)
         return self.pool.blocks_of(request.prefill_target)
 
+    # -- runs of steps -----------------------------------------------------------------------
+
+    def steady_steps(self, batch: Batch) -> int:
+        """Return how many batches after this one will be its decodes, unless a request arrives.
+
+        Whoever waits goes on waiting: nobody finishes meanwhile, and free blocks get fewer.
+        """
+        if batch.decodes is None or self.running:
+            return 0
+        if self.waiting and not self.waiting.is_steady:
+            return 0
+        return batch.decodes.num_steady_steps(self.pool.num_free)
+
+    def skip_steps(
+        self, batch: Batch, execution_times: Sequence[float], now: float
+    ) -> Sequence[int]:
+        """Take steady steps, the last of which ends at `now`; return the blocks that they take.
+
+        The caller reserves them: those that each following step takes when it is formed.
+        """
+        assert batch.decodes is not None
+        return batch.decodes.skip(execution_times, now)
+
     # -- the end of a batch ------------------------------------------------------------------
 
     def end_first_stage(self, batch: Batch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from pydantic import Field
@@ -90,6 +90,23 @@ class LightLLMScheduler(ContinuousBatching):
             if chunks or not self.running:
                 return Batch(None, chunks) if chunks else None
         return self._decode()
+
+    def steady_steps(self, batch: Batch) -> int:
+        """Return how many batches after this one will be its decodes, if nobody waits.
+
+        Who waits may be admitted by and by: what the others still need gets less.
+        """
+        return 0 if self.waiting else super().steady_steps(batch)
+
+    def skip_steps(
+        self, batch: Batch, execution_times: Sequence[float], now: float
+    ) -> Sequence[int]:
+        """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
+        # Counted from 1 up to the limit, and over again.
+        period = max(1, self.max_waiting_iterations)
+        since = self.num_waiting_iterations - 1 + len(execution_times)
+        self.num_waiting_iterations = 1 + since % period
+        return super().skip_steps(batch, execution_times, now)
 
     def _decode(self) -> Batch | None:
         decodes, _, _ = self._gather()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from vidur_simpy.decode_set import DecodeSet
@@ -64,6 +66,18 @@ class ReservingBatching(ContinuousBatching):
             self.num_running += 1
             chunks.append(request.schedule_chunk(request.prefill_target))
         return chunks
+
+    def steady_steps(self, batch: Batch) -> int:
+        """Return how many batches after this one will be its decodes: no step takes a block."""
+        if batch.decodes is None or self.running or not self.waiting.is_steady:
+            return 0
+        return batch.decodes.num_steps_to_finish - 1
+
+    def skip_steps(
+        self, batch: Batch, execution_times: Sequence[float], now: float
+    ) -> Sequence[int]:
+        """Take steady steps, the last of which ends at `now`; they take no blocks."""
+        return [0] * len(super().skip_steps(batch, execution_times, now))
 
     def _num_blocks_held(self, request: Request) -> int:
         return self.num_blocks_each

@@ -189,7 +189,14 @@ class WaitingQueue(deque[Request]):
     """Waiting requests, first come, first served; the head goes first.
 
     ``append`` queues a new request, ``appendleft`` one that comes back after a preemption.
+
+    Attributes
+    ----------
+    is_steady : bool
+        Whether the order stays as it is while nobody comes or goes.
     """
+
+    is_steady = True
 
     def order(self, now: float) -> None:
         """Bring the queue in order; it already is."""
@@ -227,6 +234,8 @@ class SortedQueue(WaitingQueue):
 
 class ResortedQueue(WaitingQueue):
     """Waiting requests in order of a key that changes with time: sorted at every formation."""
+
+    is_steady = False
 
     def __init__(self, key: Callable[[Request, float], Any]) -> None:
         super().__init__()

@@ -1,0 +1,253 @@
+"""The same outcome with fewer events, as long as nobody watches them.
+
+The processes of `processes` are the specification; two shortcuts are taken when no event is
+recorded or listened to, and simultaneous events are in their documented order.
+
+*In place.* A batch on a stage is one event, its BATCH_STAGE_END. What follows at that instant (the
+hop to the next stage, BATCH_END, the next REPLICA_SCHEDULE) is called instead of queued. Exact,
+because the state between two instants is the one the processes leave behind, and a step whose
+turn depends on other events of the instant is queued as ever unless nothing else is due.
+
+*Runs.* When a batch only decodes and nothing can join, finish or run out of blocks for ``k``
+iterations, they are one event at the end of the last. Durations come as a vector from the
+execution-time model's ``decode_times``, instants and sums from the same left-to-right additions as
+one by one. A request that arrives, an interrupt, a process that asks for the stage or a listener
+cuts the run at the end of the iteration under way; whoever may look (a user's process, the end of
+``run(until)``) finds the replica as if it had stepped, because the run is settled before.
+
+Iterations are taken one by one with several stages, with batches planned ahead, under an
+execution-time model without ``decode_times`` and under a replica scheduler without
+``steady_steps``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vidur_simpy.entities import Batch
+from vidur_simpy.kernel import EventType, Signal, TypedEvent
+
+if TYPE_CHECKING:
+    from vidur_simpy.processes import Replica, Stage
+
+__all__ = ["FastStage"]
+
+# A run is planned for at most so many iterations; one that is cut leaves a shorter next one.
+_SHORTEST, _LONGEST = 8, 4_096
+
+
+class FastStage:
+    """One pipeline stage in fewer events.
+
+    Parameters
+    ----------
+    replica : Replica
+    stage : Stage
+        The stage whose state this one reads and leaves behind.
+    """
+
+    __slots__ = (
+        "_busy_times",
+        "_decode_times",
+        "_duration",
+        "_durations",
+        "_end",
+        "_end_event",
+        "_ends",
+        "_env",
+        "_is_alone",
+        "_is_first",
+        "_is_last",
+        "_limit",
+        "_listeners",
+        "_num_settled",
+        "_num_steps",
+        "_replica",
+        "_stage",
+    )
+
+    def __init__(self, replica: Replica, stage: Stage) -> None:
+        env = stage.env
+        self._env = env
+        self._listeners = env._listeners
+        self._replica = replica
+        self._stage = stage
+        self._is_first = stage.stage_id == 0
+        self._is_last = stage.stage_id == replica.num_stages - 1
+        self._is_alone = replica.num_stages == 1
+        where = (replica.replica_id, stage.stage_id)
+        self._end = Signal(env, EventType.BATCH_STAGE_END, where, self._ended)
+        self._end_event: TypedEvent | None = None
+        self._duration = 0.0
+        may_run = self._is_alone and not replica.plans_ahead
+        may_run = may_run and hasattr(replica.scheduler, "steady_steps")
+        self._decode_times: Any = getattr(stage.stage_time, "decode_times", None)
+        if not may_run:
+            self._decode_times = None
+        self._limit = _SHORTEST
+        self._durations: Sequence[float] = ()
+        self._ends: Sequence[float] = ()
+        self._num_settled = 0
+        self._num_steps = 0  # of the run under way
+
+    # -- one batch -----------------------------------------------------------------------------
+
+    def start(self, now: float) -> None:
+        """Execute the first batch queued; the stage is idle."""
+        stage = self._stage
+        batch = stage.queue.popleft()
+        stage.users.append(batch)
+        if self._decode_times is not None and not batch.prefills and self._start_run(batch, now):
+            return
+        self._duration = duration = stage.start(batch)
+        self._end_event = self._end.at(now + duration, batch)
+
+    def _ended(self, event: TypedEvent) -> None:
+        """At BATCH_STAGE_END: hand the batch on, take the next one, let the replica form one."""
+        stage = self._stage
+        batch: Batch = event._value
+        self._end_event = None
+        if self._num_steps:
+            self._end_run(batch)
+        if self._listeners or stage.put_queue:
+            stage.finish(batch, self._duration)
+            return
+        now = self._env._now
+        stage.note_end(batch, self._duration, now)
+        replica = self._replica
+        if self._is_first:
+            replica.end_first_stage(batch)
+        num_wakes = int(self._is_first)
+        if not self._is_last:
+            replica.stages[stage.stage_id + 1].receive(batch, now)
+        elif self._is_alone or self._env.is_alone_at(now):
+            replica.end_batch(batch, now)
+            num_wakes += 1
+        else:
+            replica.batch_end.raise_now(batch)
+        if stage.queue:
+            self.start(now)
+        if num_wakes:
+            replica.wake(num_wakes)
+
+    def take_over(self) -> tuple[Batch, float, float] | None:
+        """Leave the batch under way to the process; return it with its end and its duration."""
+        event = self._end_event
+        if event is None:
+            return None
+        if self._num_steps:
+            self.cut(self._env._now)
+            event = self._end_event
+            assert event is not None
+            ends_at = float(self._ends[self._num_settled])
+            self._duration = float(self._durations[self._num_settled])
+            self._forget_run()
+        else:
+            ends_at = event._value.stage_started_at + self._duration
+        batch: Batch = event._value
+        self._env.cancel(event)
+        self._end_event = None
+        return batch, ends_at, self._duration
+
+    # -- a run of iterations -------------------------------------------------------------------
+
+    def _start_run(self, batch: Batch, now: float) -> bool:
+        """Let one event stand for the next iterations, if they are known."""
+        num_steps = 1 + min(self._replica.scheduler.steady_steps(batch), self._limit - 1)  # type: ignore[attr-defined]
+        if num_steps < 3:
+            return False
+        durations = self._decode_times(batch.num_decodes, batch.decode_context, num_steps, 0)
+        if isinstance(durations, np.ndarray):
+            ends = _summed(now, durations)
+            is_valid = durations.min() >= 0.0
+        else:
+            ends = [*accumulate(durations, initial=now)]
+            del ends[0]
+            is_valid = min(durations) >= 0.0
+        if not (is_valid and ends[-1] < inf):
+            return False  # stepping says what is wrong
+        batch.stage_started_at = now
+        self._durations, self._ends = durations, ends
+        self._num_settled, self._num_steps = 0, num_steps
+        self._env.shortcuts[self] = None
+        self._end_event = self._end.at(float(ends[-1]), batch)
+        return True
+
+    def _end_run(self, batch: Batch) -> None:
+        """Settle all iterations but the last one, which ends now."""
+        last = self._num_steps - 1
+        self._skip(batch, last)
+        self._duration = float(self._durations[last])
+        if self._num_steps == self._limit:
+            self._limit = min(2 * self._limit, _LONGEST)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._num_steps = 0
+        del self._env.shortcuts[self]
+
+    def settle(self, now: float) -> None:
+        """Take the steps that ended before `now`, in seconds."""
+        num_ended = bisect_left(self._ends, now, self._num_settled, self._num_steps - 1)
+        if num_ended > self._num_settled:
+            self._skip(self._stage.users[0], num_ended)
+
+    def show(self, now: float) -> None:
+        """Settle, and let an iteration that ends right `now` end before a router looks."""
+        self.settle(now)
+        if self._ends[self._num_settled] == now:
+            self.cut(now)
+
+    def cut(self, now: float) -> None:
+        """Let the run, if there is one, end with the iteration under way."""
+        if not self._num_steps:
+            return
+        self.settle(now)
+        num_steps = self._num_settled + 1
+        self._limit = max(_SHORTEST, 2 * num_steps)
+        if num_steps < self._num_steps:
+            assert self._end_event is not None
+            batch = self._end_event._value
+            self._env.cancel(self._end_event)
+            self._num_steps = num_steps
+            self._end_event = self._end.at(float(self._ends[num_steps - 1]), batch)
+
+    def _skip(self, batch: Batch, num_ended: int) -> None:
+        """Do what stepping to the end of the first `num_ended` iterations would have done."""
+        first = self._num_settled
+        num_steps = num_ended - first
+        if not num_steps:
+            return
+        self._num_settled = num_ended
+        stage, replica = self._stage, self._replica
+        durations, ends = self._durations[first:num_ended], self._ends[first:num_ended]
+        started_at, ended_at = batch.stage_started_at, float(ends[-1])
+        stage.busy_time = _sum(stage.busy_time, durations)
+        blocks = replica.scheduler.skip_steps(batch, durations, ended_at)  # type: ignore[attr-defined]
+        usages = replica.pool.skip(blocks, started_at, ends)
+        replica.skip(batch, ends, usages)
+        batch.stage_started_at = ended_at
+
+
+def _sum(initial: float, values: Sequence[float] | np.ndarray) -> float:
+    """Add values from the left, as one by one."""
+    if isinstance(values, np.ndarray):
+        return float(_summed(initial, values)[-1])
+    total = initial
+    for value in values:
+        total += value
+    return total
+
+
+def _summed(initial: float, values: np.ndarray) -> np.ndarray:
+    """Return the sums from the left, each with one more of the values."""
+    steps = np.empty(len(values) + 1)
+    steps[0] = initial
+    steps[1:] = values
+    return np.add.accumulate(steps)[1:]
