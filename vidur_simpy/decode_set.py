@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from vidur_simpy.entities import Request, by_arrival
+from vidur_simpy.sums import Numbers, added
 
 __all__ = ["DecodeSet", "SharedSteps"]
 
@@ -51,6 +52,12 @@ class SharedSteps:
         """Do not count the last step, of `execution_time` seconds, for a request that joined."""
         request._joined_at_iteration += 1
         request._joined_at_execution_time += execution_time
+
+    def add_times(self, execution_times: Numbers, now: float) -> None:
+        """Count steps that took so many seconds each, the last of which ended at `now`."""
+        self.iteration += len(execution_times)
+        self.execution_time = added(self.execution_time, execution_times)
+        self.last_end = now
 
     def times_of(self, request: Request) -> tuple[float, float]:
         """Return a request's execution time and preempted time up to the last step, in seconds."""
@@ -132,7 +139,7 @@ class DecodeSet(SharedSteps):
         # In `block_size` steps each member takes a block; one has to stay free.
         return min(steps, self.block_size * max(0, (num_free - 1) // len(self.members)))
 
-    def skip(self, execution_times: Sequence[float], now: float) -> list[int]:
+    def skip(self, execution_times: Numbers, now: float) -> list[int]:
         """Take steps in which nobody finishes; return the blocks that the step after each takes.
 
         Parameters
@@ -142,15 +149,9 @@ class DecodeSet(SharedSteps):
         now : float
             End of the last one, in seconds.
         """
-        num_steps = len(execution_times)
-        total = self.execution_time
-        for execution_time in execution_times:
-            total += execution_time
-        self.execution_time = float(total)
-        first = self.iteration + 1
-        self.iteration += num_steps
+        num_steps, first = len(execution_times), self.iteration + 1
+        self.add_times(execution_times, now)
         self.num_processed_tokens += num_steps * len(self.members)
-        self.last_end = now
         phases, block_size = self._block_phases, self.block_size
         return [phases[step % block_size] for step in range(first, first + num_steps)]
 

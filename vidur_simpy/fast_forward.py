@@ -23,8 +23,6 @@ execution-time model without ``decode_times`` and under a replica scheduler with
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ import numpy as np
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.kernel import EventType, Signal, TypedEvent
+from vidur_simpy.sums import Numbers, added, running_sums
 
 if TYPE_CHECKING:
     from vidur_simpy.processes import Replica, Stage
@@ -85,14 +84,13 @@ class FastStage:
         self._end = Signal(env, EventType.BATCH_STAGE_END, where, self._ended)
         self._end_event: TypedEvent | None = None
         self._duration = 0.0
-        may_run = self._is_alone and not replica.plans_ahead
-        may_run = may_run and hasattr(replica.scheduler, "steady_steps")
+        may_run = self._is_alone and not replica.plans_ahead and _knows_runs(replica.scheduler)
         self._decode_times: Any = getattr(stage.stage_time, "decode_times", None)
         if not may_run:
             self._decode_times = None
         self._limit = _SHORTEST
-        self._durations: Sequence[float] = ()
-        self._ends: Sequence[float] = ()
+        self._durations: Numbers = ()
+        self._ends: Numbers = ()
         self._num_settled = 0
         self._num_steps = 0  # of the run under way
 
@@ -163,14 +161,9 @@ class FastStage:
         if num_steps < 3:
             return False
         durations = self._decode_times(batch.num_decodes, batch.decode_context, num_steps, 0)
-        if isinstance(durations, np.ndarray):
-            ends = _summed(now, durations)
-            is_valid = durations.min() >= 0.0
-        else:
-            ends = [*accumulate(durations, initial=now)]
-            del ends[0]
-            is_valid = min(durations) >= 0.0
-        if not (is_valid and ends[-1] < inf):
+        ends = running_sums(now, durations)
+        shortest = durations.min() if isinstance(durations, np.ndarray) else min(durations)
+        if not (shortest >= 0.0 and ends[-1] < inf):
             return False  # stepping says what is wrong
         batch.stage_started_at = now
         self._durations, self._ends = durations, ends
@@ -228,26 +221,20 @@ class FastStage:
         stage, replica = self._stage, self._replica
         durations, ends = self._durations[first:num_ended], self._ends[first:num_ended]
         started_at, ended_at = batch.stage_started_at, float(ends[-1])
-        stage.busy_time = _sum(stage.busy_time, durations)
+        stage.busy_time = added(stage.busy_time, durations)
         blocks = replica.scheduler.skip_steps(batch, durations, ended_at)  # type: ignore[attr-defined]
         usages = replica.pool.skip(blocks, started_at, ends)
         replica.skip(batch, ends, usages)
         batch.stage_started_at = ended_at
 
 
-def _sum(initial: float, values: Sequence[float] | np.ndarray) -> float:
-    """Add values from the left, as one by one."""
-    if isinstance(values, np.ndarray):
-        return float(_summed(initial, values)[-1])
-    total = initial
-    for value in values:
-        total += value
-    return total
-
-
-def _summed(initial: float, values: np.ndarray) -> np.ndarray:
-    """Return the sums from the left, each with one more of the values."""
-    steps = np.empty(len(values) + 1)
-    steps[0] = initial
-    steps[1:] = values
-    return np.add.accumulate(steps)[1:]
+def _knows_runs(scheduler: object) -> bool:
+    """Whether `steady_steps` is about its own steps, not about those of a class it extends."""
+    owners = [
+        next((owner for owner in type(scheduler).__mro__ if name in vars(owner)), None)
+        for name in ("steady_steps", "schedule", "end")
+    ]
+    knowing, *stepping = owners
+    return knowing is not None and all(
+        owner is not None and issubclass(knowing, owner) for owner in stepping
+    )

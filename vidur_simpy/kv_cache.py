@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from vidur_simpy.errors import SimulationError
+from vidur_simpy.sums import Numbers
 from vidur_simpy.validation import configuration
 
 __all__ = ["BlockPool", "KVCache"]
@@ -120,9 +121,7 @@ class BlockPool:
         self._usage_integral += (self.num_blocks - self.num_free) * (now - self._usage_since)
         self._usage_since = now
 
-    def skip(
-        self, num_blocks: Sequence[int], started_at: float, ends: Sequence[float]
-    ) -> Sequence[float]:
+    def skip(self, num_blocks: Sequence[int], started_at: float, ends: Numbers) -> Sequence[float]:
         """Note the use during iterations, and reserve what the ones that follow take.
 
         Parameters

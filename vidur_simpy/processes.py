@@ -24,6 +24,7 @@ from vidur_simpy.kernel import Environment, EventType, Signal, TypedEvent
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.metrics import Timeline
 from vidur_simpy.replica_scheduler.interface import ReplicaScheduler
+from vidur_simpy.sums import Numbers
 
 __all__ = ["Replica", "Router", "Stage", "arrivals"]
 
@@ -311,7 +312,7 @@ class Replica:
             self.num_restarts += request.num_restarts
             self._on_completed(request)
 
-    def skip(self, batch: Batch, ends: Sequence[float], usages: Sequence[float]) -> None:
+    def skip(self, batch: Batch, ends: Numbers, usages: Numbers) -> None:
         """Count iterations of one set of decodes, `batch` the first, that ended one after another.
 
         Parameters

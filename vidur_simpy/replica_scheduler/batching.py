@@ -16,6 +16,7 @@ from vidur_simpy.entities import Batch, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, WaitingQueue, queue_of
+from vidur_simpy.sums import Numbers
 
 __all__ = ["ContinuousBatching", "longer_than_a_batch"]
 
@@ -225,7 +226,8 @@ class ContinuousBatching:
     def steady_steps(self, batch: Batch) -> int:
         """Return how many batches after this one will be its decodes, unless a request arrives.
 
-        Whoever waits goes on waiting: nobody finishes meanwhile, and free blocks get fewer.
+        Whoever waits goes on waiting: nobody finishes meanwhile, and free blocks get fewer. A
+        policy that decodes so says ``steady_steps = ContinuousBatching.steady_steps``; others step.
         """
         if batch.decodes is None or self.running:
             return 0
@@ -233,9 +235,7 @@ class ContinuousBatching:
             return 0
         return batch.decodes.num_steady_steps(self.pool.num_free)
 
-    def skip_steps(
-        self, batch: Batch, execution_times: Sequence[float], now: float
-    ) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take.
 
         The caller reserves them: those that each following step takes when it is formed.

@@ -45,6 +45,9 @@ class FasterTransformer:
 class FasterTransformerScheduler(ReservingBatching):
     """The FasterTransformer scheduler of one replica: `running` holds one set per batch."""
 
+    # While nobody comes or goes its decodes go on alone.
+    steady_steps = ReservingBatching.steady_steps
+
     def schedule(self, now: float) -> Batch | None:
         """Go on with the batch that has waited longest; if there is none, form a new one."""
         if self.running:

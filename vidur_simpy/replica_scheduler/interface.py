@@ -42,7 +42,10 @@ class ReplicaScheduler(Protocol):
 
     It may also have `max_running_batches` (batches between formation and end, if not one per
     pipeline stage), `truncates_outputs` (True if a request that passes `max_model_len` ends there
-    and need not be refused) and `figures` (further columns of the table of replicas).
+    and need not be refused) and `figures` (further columns of the table of replicas). With
+    ``steady_steps(batch)``, defined beside its `schedule`, it says how many batches after this one
+    will be the same decodes unless a request arrives, and ``skip_steps(batch, execution_times,
+    now)`` takes so many steps at once and returns the blocks that the step after each takes.
     """
 
     @property

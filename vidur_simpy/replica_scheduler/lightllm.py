@@ -12,6 +12,7 @@ from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching, longer_than_a_batch
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Ordering
+from vidur_simpy.sums import Numbers
 from vidur_simpy.validation import configuration
 
 __all__ = ["LightLLM", "LightLLMScheduler"]
@@ -98,9 +99,7 @@ class LightLLMScheduler(ContinuousBatching):
         """
         return 0 if self.waiting else super().steady_steps(batch)
 
-    def skip_steps(
-        self, batch: Batch, execution_times: Sequence[float], now: float
-    ) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
         # Counted from 1 up to the limit, and over again.
         period = max(1, self.max_waiting_iterations)

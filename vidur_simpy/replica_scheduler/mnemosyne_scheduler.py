@@ -213,6 +213,10 @@ class MnemosyneScheduler(ContinuousBatching):
         slack = min(MOST_YIELDED, max(0.0, self._slack_fraction(request, now)))
         return target_time * (1 - slack)
 
+    def steady_steps(self, batch: Batch) -> int:
+        """Return how many batches after this one will be its decodes, if no prompt is left."""
+        return 0 if self.partial or self.waiting else super().steady_steps(batch)
+
     # -- the life of a request ---------------------------------------------------------------
 
     def put_back(self, request: Request) -> None:
@@ -305,6 +309,10 @@ class KVParallelMnemosyneScheduler(MnemosyneScheduler):
                 return False
             others.remove(victim)
         return True
+
+    def steady_steps(self, batch: Batch) -> int:
+        """Return 0: each step is walked, because the groups fill unevenly."""
+        return 0
 
     def _grow(self, request: Request) -> None:
         self.pool.reserve(self.blocks.grow(request))

@@ -12,6 +12,7 @@ from vidur_simpy.errors import CapacityError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, Ordering
+from vidur_simpy.sums import Numbers
 from vidur_simpy.validation import configuration
 
 __all__ = ["Orca", "OrcaScheduler", "ReservingBatching"]
@@ -73,9 +74,7 @@ class ReservingBatching(ContinuousBatching):
             return 0
         return batch.decodes.num_steps_to_finish - 1
 
-    def skip_steps(
-        self, batch: Batch, execution_times: Sequence[float], now: float
-    ) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
         """Take steady steps, the last of which ends at `now`; they take no blocks."""
         return [0] * len(super().skip_steps(batch, execution_times, now))
 
@@ -111,6 +110,9 @@ class Orca:
 
 class OrcaScheduler(ReservingBatching):
     """The Orca scheduler of one replica."""
+
+    # While nobody comes or goes its decodes go on alone.
+    steady_steps = ReservingBatching.steady_steps
 
     def schedule(self, now: float) -> Batch | None:
         """Decode all that fits into a batch, then admit prompts into what is left of it."""

@@ -50,6 +50,9 @@ class Sarathi:
 class SarathiScheduler(ContinuousBatching):
     """The Sarathi scheduler of one replica."""
 
+    # While nobody comes or goes its decodes go on alone.
+    steady_steps = ContinuousBatching.steady_steps
+
     def __init__(self, policy: Sarathi, resources: ReplicaResources) -> None:
         super().__init__(resources, policy.max_num_seqs, policy.ordering)
         self.chunk_size = policy.chunk_size

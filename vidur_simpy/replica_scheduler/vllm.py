@@ -47,6 +47,9 @@ class Vllm:
 class VllmScheduler(ContinuousBatching):
     """The vLLM scheduler of one replica."""
 
+    # While nobody comes or goes its decodes go on alone.
+    steady_steps = ContinuousBatching.steady_steps
+
     def __init__(self, policy: Vllm, resources: ReplicaResources) -> None:
         super().__init__(resources, policy.max_num_seqs, policy.ordering)
         self.max_num_batched_tokens = policy.max_num_batched_tokens

@@ -15,6 +15,7 @@ from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
 from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
 from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Plan, RequestState, Step
+from vidur_simpy.sums import Numbers
 
 if TYPE_CHECKING:
     from vidur_simpy.replica_scheduler.vllm_v1 import VllmV1
@@ -193,6 +194,36 @@ class VllmV1Scheduler:
             else:
                 self.lockstep.add(state)
         return PrefillChunk(request, num_tokens, request.num_scheduled_tokens)
+
+    # -- runs of steps -----------------------------------------------------------------------
+
+    def steady_steps(self, step: Step) -> int:
+        """Return how many steps after this one will be its decodes, unless a request arrives.
+
+        Not with steps ahead (asynchronous scheduling), nor while somebody has to be walked.
+        """
+        if self.prefills or step.ending or step.skipped or self.max_running_batches > 1:
+            return 0
+        if self.waiting and not self._waits_in_vain():
+            return 0
+        return self.lockstep.num_steady_steps(self.pool.num_free)
+
+    def _waits_in_vain(self) -> bool:
+        """Whether nobody can be admitted until somebody finishes."""
+        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
+        if len(self.running) >= limit:
+            return True
+        return self.waiting.is_steady and self._states[self.waiting[0]] is self._hopeless
+
+    def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> list[int]:
+        """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
+        num_blocks = self.lockstep.skip(execution_times, now)
+        step.number += len(num_blocks)
+        if self.blocks.cache is not None:
+            # Cached blocks may be reused for them. The caller reserves them.
+            self.blocks.take(sum(num_blocks))
+            self.pool.free(sum(num_blocks))
+        return num_blocks
 
     # -- those who run -----------------------------------------------------------------------
 

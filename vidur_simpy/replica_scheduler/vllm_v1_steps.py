@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from heapq import heappop, heappush
 
 from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.prefix_cache import Block, BlockKeys
 from vidur_simpy.replica_scheduler.vllm_v1_release import Release
+from vidur_simpy.sums import Numbers
 
 __all__ = ["Lockstep", "Plan", "RequestState", "Step"]
 
@@ -83,7 +85,15 @@ class Lockstep(SharedSteps):
         Computed tokens, summed over the members.
     """
 
-    __slots__ = ("_block_size", "_ending", "_phases", "context", "num_members", "num_planned")
+    __slots__ = (
+        "_block_size",
+        "_ending",
+        "_ends",
+        "_phases",
+        "context",
+        "num_members",
+        "num_planned",
+    )
 
     def __init__(self, block_size: int) -> None:
         super().__init__()
@@ -92,6 +102,7 @@ class Lockstep(SharedSteps):
         self.context = 0
         self._block_size = block_size
         self._ending: dict[int, dict[RequestState, None]] = {}
+        self._ends: list[int] = []
         self._phases = [0] * block_size
 
     @property
@@ -135,6 +146,8 @@ class Lockstep(SharedSteps):
         ending = list(self._ending.get(self.num_planned, ()))
         for state in ending:
             self.remove(state)
+        while self._ends and self._ends[0] <= self.num_planned:
+            heappop(self._ends)
         for state in skipped:
             assert state.joined_at is not None, f"{state.request} is no member"
             state.joined_at += 1
@@ -144,7 +157,10 @@ class Lockstep(SharedSteps):
 
     def _enter(self, state: RequestState) -> None:
         last_step, phase = self._future(state)
-        self._ending.setdefault(last_step, {})[state] = None
+        if last_step not in self._ending:
+            self._ending[last_step] = {}
+            heappush(self._ends, last_step)
+        self._ending[last_step][state] = None
         self._phases[phase] += 1
         self.num_members += 1
         self.context += self.num_computed(state)
@@ -165,6 +181,42 @@ class Lockstep(SharedSteps):
         # The step after which nothing is computed, as it were: 0 = prefill_target + step - joined.
         origin = state.joined_at - state.request.prefill_target
         return origin + state.end - 1, origin % self._block_size
+
+    def num_steady_steps(self, num_free: int) -> int:
+        """Further steps after the one planned last that nobody ends with and blocks suffice for.
+
+        A lower bound; `num_free` are the blocks free now.
+        """
+        if not self.num_members:
+            return 0
+        ends = self._ends
+        while ends[0] not in self._ending:
+            heappop(ends)
+        # In as many steps as a block has tokens each member takes a block.
+        most = self._block_size * (num_free // self.num_members)
+        return min(ends[0] - 1 - self.num_planned, most)
+
+    def skip(self, execution_times: Numbers, now: float) -> list[int]:
+        """End the step planned last and as many more as there are times, all steady.
+
+        Parameters
+        ----------
+        execution_times : sequence of float
+            Time of each step, in seconds.
+        now : float
+            End of the last one, in seconds.
+
+        Returns
+        -------
+        list of int
+            Blocks that the step after each of them takes.
+        """
+        num_steps, first = len(execution_times), self.num_planned
+        self.add_times(execution_times, now)
+        self.num_planned += num_steps
+        self.context += num_steps * self.num_members
+        phases, block_size = self._phases, self._block_size
+        return [phases[step % block_size] for step in range(first, first + num_steps)]
 
     def end_step(self, now: float, execution_time: float) -> None:
         """Count a step that ended at `now` and took `execution_time`, both in seconds."""
