@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from vidur_simpy.entities import Request, by_arrival
-from vidur_simpy.sums import Numbers, added
+from vidur_simpy.sums import Numbers, added, repeated
 
 __all__ = ["DecodeSet", "SharedSteps"]
 
@@ -139,7 +139,7 @@ class DecodeSet(SharedSteps):
         # In `block_size` steps each member takes a block; one has to stay free.
         return min(steps, self.block_size * max(0, (num_free - 1) // len(self.members)))
 
-    def skip(self, execution_times: Numbers, now: float) -> list[int]:
+    def skip(self, execution_times: Numbers, now: float) -> Numbers:
         """Take steps in which nobody finishes; return the blocks that the step after each takes.
 
         Parameters
@@ -152,8 +152,7 @@ class DecodeSet(SharedSteps):
         num_steps, first = len(execution_times), self.iteration + 1
         self.add_times(execution_times, now)
         self.num_processed_tokens += num_steps * len(self.members)
-        phases, block_size = self._block_phases, self.block_size
-        return [phases[step % block_size] for step in range(first, first + num_steps)]
+        return repeated(self._block_phases, first, num_steps)
 
     def join(self, request: Request) -> None:
         """Add a request whose prefill is complete."""

@@ -210,6 +210,8 @@ class Request:
 
 def _num_tokens(name: str, given: int) -> int:
     """Return a length as an int, if it is one."""
+    if type(given) is int and given >= 1:
+        return given
     try:
         num_tokens = index(given)
     except TypeError:  # a text, a float, NaN

@@ -223,8 +223,7 @@ class FastStage:
         started_at, ended_at = batch.stage_started_at, float(ends[-1])
         stage.busy_time = added(stage.busy_time, durations)
         blocks = replica.scheduler.skip_steps(batch, durations, ended_at)  # type: ignore[attr-defined]
-        usages = replica.pool.skip(blocks, started_at, ends)
-        replica.skip(batch, ends, usages)
+        replica.skip(batch, ends, replica.pool.skip(blocks, started_at, ends))
         batch.stage_started_at = ended_at
 
 

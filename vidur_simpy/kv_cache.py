@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 from pydantic import Field
 
 from vidur_simpy.errors import SimulationError
-from vidur_simpy.sums import Numbers
+from vidur_simpy.sums import Numbers, added, running_sums
 from vidur_simpy.validation import configuration
 
 __all__ = ["BlockPool", "KVCache"]
@@ -121,7 +120,7 @@ class BlockPool:
         self._usage_integral += (self.num_blocks - self.num_free) * (now - self._usage_since)
         self._usage_since = now
 
-    def skip(self, num_blocks: Sequence[int], started_at: float, ends: Numbers) -> Sequence[float]:
+    def skip(self, num_blocks: Numbers, started_at: float, ends: Numbers) -> Numbers:
         """Note the use during iterations, and reserve what the ones that follow take.
 
         Parameters
@@ -135,19 +134,23 @@ class BlockPool:
 
         Returns
         -------
-        sequence of float
-            Share of the blocks in use from each end on.
+        sequence of int
+            Blocks in use from each end on.
         """
-        used = self.num_blocks - self.num_free
-        integral, since, usages = self._usage_integral, started_at, []
-        for end, taken in zip(ends, num_blocks, strict=True):
-            integral += used * (end - since)
-            since = end
-            used += taken
-            usages.append(used / self.num_blocks)
-        self._usage_integral, self._usage_since = integral, since
-        self.reserve(used - (self.num_blocks - self.num_free))
-        return usages
+        used_before = self.num_blocks - self.num_free
+        used = running_sums(used_before, num_blocks)
+        if isinstance(used, np.ndarray):
+            starts = np.concatenate(([started_at], ends[:-1]))
+            held = np.concatenate(([used_before], used[:-1])) * (ends - starts)
+            self._usage_integral = added(self._usage_integral, held)
+        else:
+            start, blocks = started_at, float(used_before)
+            for end, blocks_after in zip(ends, used, strict=True):
+                self._usage_integral += blocks * (end - start)
+                start, blocks = end, blocks_after
+        self._usage_integral, self._usage_since = float(self._usage_integral), float(ends[-1])
+        self.reserve(int(used[-1]) - used_before)
+        return used
 
     def mean_usage(self, now: float) -> float:
         """Time-weighted mean share of the blocks in use from 0 to `now` seconds."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.columns import COLUMNS
 from vidur_simpy.entities import Batch, Request
+from vidur_simpy.errors import ConfigError
+from vidur_simpy.execution_time.interface import HasOperators
 from vidur_simpy.kernel import Environment, EventType, TypedEvent
+from vidur_simpy.power import mean_power_w
 
 if TYPE_CHECKING:
     from vidur_simpy.deployment import Deployment
+    from vidur_simpy.execution_time.interface import StageTime
     from vidur_simpy.processes import Replica
 
 __all__ = [
     "RECORDS",
     "BatchLog",
     "EventLog",
-    "RequestLog",
+    "OperatorLog",
     "StageLog",
     "Timeline",
     "TokenLog",
@@ -63,92 +67,15 @@ class Timeline:
         self.next_at = now + self._interval
 
 
-class RequestLog:
-    """A row for each request that is complete or refused."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def append(self, request: Request) -> None:
-        """Keep what the tables need of a request that is done."""
-        self._rows.append(_request_row(request))
-
-    def columns(self, unfinished: Iterable[Request]) -> dict[str, list[Any]]:
-        """Return the columns, in order of request id, with the `unfinished` requests among them."""
-        rows = sorted([*self._rows, *map(_request_row, unfinished)])
-        columns = [list(column) for column in zip(*rows, strict=True)] if rows else []
-        table = dict(zip(_REQUEST_COLUMNS, columns or ([] for _ in _REQUEST_COLUMNS), strict=True))
-        for name, usual in _OPTIONAL:
-            if all(value == usual for value in table[name]):
-                del table[name]
-        if not _ends_early(table):
-            del table["num_output_tokens"]
-        return table
-
-
-_REQUEST_COLUMNS = (
-    "request_id",
-    "replica_id",
-    "arrived_at",
-    "scheduled_at",
-    "first_token_at",
-    "completed_at",
-    "num_prefill_tokens",
-    "num_decode_tokens",
-    "num_restarts",
-    "execution_time",
-    "preempted_time",
-    "refusal",
-    "priority",
-    "deadline",
-    "session_id",
-    "num_cached_tokens",
-    "num_output_tokens",
-)
-# Columns that are left out if every request has the usual value.
-_OPTIONAL: tuple[tuple[str, Any], ...] = (
-    ("priority", 0),
-    ("deadline", None),
-    ("session_id", None),
-    ("num_cached_tokens", None),
-)
-_request_columns = attrgetter(*_REQUEST_COLUMNS)
-_EXECUTION_TIME = _REQUEST_COLUMNS.index("execution_time")
-
-
-def _ends_early(table: dict[str, list[Any]]) -> bool:
-    """Whether a completed request got fewer output tokens than it asked for."""
-    names = ("completed_at", "num_output_tokens", "num_decode_tokens")
-    return any(
-        completed_at is not None and output < asked_for
-        for completed_at, output, asked_for in zip(*(table[name] for name in names), strict=True)
-    )
-
-
-def _request_row(request: Request) -> tuple[Any, ...]:
-    row: tuple[Any, ...] = _request_columns(request)
-    if request.decode_set is None:
-        return row
-    times = request.decode_set.times_of(request)
-    return (*row[:_EXECUTION_TIME], *times, *row[_EXECUTION_TIME + 2 :])
-
-
 def replica_columns(
     replicas: Sequence[Replica], deployment: Deployment, now: float
 ) -> dict[str, list[Any]]:
     """Return what each replica has done up to `now` (seconds), by column."""
-    peak = deployment.peak_flops * deployment.num_devices * now
-    rows = [_replica_row(replica, deployment, now, peak) for replica in replicas]
+    rows = [_replica_row(replica, deployment, now) for replica in replicas]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _replica_row(
-    replica: Replica, deployment: Deployment, now: float, peak: float
-) -> dict[str, Any]:
-    num_tokens = replica.num_prefill_tokens + replica.num_decode_tokens
+def _replica_row(replica: Replica, deployment: Deployment, now: float) -> dict[str, Any]:
     pool = replica.pool
     return {
         "replica_id": replica.replica_id,
@@ -161,9 +88,28 @@ def _replica_row(
         "utilisation": replica.utilisation,
         "kv_cache_usage_mean": pool.mean_usage(now),
         "kv_cache_usage_peak": 1 - pool.num_free_least / pool.num_blocks,
-        "mfu": deployment.flops(num_tokens, replica.num_attention_pairs) / peak if peak else 0.0,
+        **_device_figures(replica, deployment, now),
         # A scheduler may have figures of its own, such as a prefix cache's hit rate.
         **getattr(replica.scheduler, "figures", {}),
+    }
+
+
+def _device_figures(replica: Replica, deployment: Deployment, now: float) -> dict[str, float]:
+    """Return how busy the matrix units and the memory of the devices were, and their energy."""
+    num_tokens = replica.num_prefill_tokens + replica.num_decode_tokens
+    flops = deployment.flops(num_tokens, replica.num_attention_pairs)
+    num_bytes = deployment.bytes_read(replica.num_batches, num_tokens, replica.num_context_tokens)
+    device, device_time = deployment.device, deployment.num_devices * now
+    shares = {"mfu": 0.0, "mbu": 0.0}
+    if device_time:
+        shares["mfu"] = flops / (deployment.peak_flops * device_time)
+        shares["mbu"] = num_bytes / (device.memory_bandwidth_gbps * 1e9 * device_time)
+    tdp_w = nan if device.tdp_w is None else device.tdp_w
+    power_w = mean_power_w(tdp_w, utilisation=replica.utilisation, **shares)
+    return shares | {
+        "num_devices": deployment.num_devices,
+        "tdp_w": tdp_w,
+        "energy_kwh": power_w * device_time / 3.6e6,
     }
 
 
@@ -298,7 +244,51 @@ class TokenLog:
         return _columns("tokens", self._rows)
 
 
-RECORDS = {"batches": BatchLog, "stages": StageLog, "events": EventLog, "tokens": TokenLog}
+class OperatorLog:
+    """Observes what the operators of all batches took, in sums by stage and kind of batch.
+
+    Times are those of the execution-time model; that a stage was stalled does not count.
+    """
+
+    def __init__(self, env: Environment, stage_time: StageTime) -> None:
+        if not isinstance(stage_time, HasOperators):
+            raise ConfigError(
+                "record = 'operators': these execution times are not broken down by operator; "
+                "those that are have a method operators(batch, stage_id), as Roofline() has."
+            )
+        self._operators = stage_time.operators
+        self._rows: dict[tuple[int, int, str, str], list[Any]] = {}
+        env.subscribe(EventType.BATCH_STAGE_END, self._ended)
+
+    def _ended(self, event: TypedEvent) -> None:
+        batch: Batch = event._value
+        stage_id = event.stage_id
+        assert stage_id is not None
+        kind = ("mixed" if batch.num_decodes else "prefill") if batch.prefills else "decode"
+        for operator, seconds in self._operators(batch, stage_id).items():
+            sums = self._rows.setdefault((batch.replica_id, stage_id, kind, operator), [0, 0.0])
+            sums[0] += 1
+            sums[1] += seconds
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns, in order of first occurrence."""
+        of_stage: Counter[tuple[int, int]] = Counter()
+        for place, (_, seconds) in self._rows.items():
+            of_stage[place[:2]] += seconds
+        rows = [
+            (*place, *sums, sums[1] / (of_stage[place[:2]] or 1.0))
+            for place, sums in self._rows.items()
+        ]
+        return _columns("operators", rows)
+
+
+RECORDS: dict[str, Callable[..., Any]] = {
+    "batches": BatchLog,
+    "stages": StageLog,
+    "events": EventLog,
+    "tokens": TokenLog,
+    "operators": OperatorLog,
+}
 
 
 def _columns(table: str, rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ memory is freed and its requests are complete or wait for their next batch (BATC
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from math import inf
@@ -154,6 +155,8 @@ class Replica:
         requests, tokens processed.
     num_attention_pairs : int
         Query-key pairs so far: every token with each token of its context.
+    num_context_tokens : int
+        Tokens in the KV cache so far, summed over the requests of each batch: what was read.
     process : simpy.Process
     """
 
@@ -182,6 +185,7 @@ class Replica:
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
         self.num_attention_pairs = 0
+        self.num_context_tokens = 0
         self.num_stages = num_stages
         self._on_completed = on_completed
         self._first_stage_taken = False
@@ -306,13 +310,14 @@ class Replica:
         self.num_prefill_tokens += batch.num_prefill_tokens
         self.num_decode_tokens += batch.num_decodes
         self.num_attention_pairs += batch.num_attention_pairs
+        self.num_context_tokens += batch.total_context
         for request in self.scheduler.end(batch, now):
             request.completed_at = now
             self.num_outstanding -= 1
             self.num_restarts += request.num_restarts
             self._on_completed(request)
 
-    def skip(self, batch: Batch, ends: Numbers, usages: Numbers) -> None:
+    def skip(self, batch: Batch, ends: Numbers, num_used_blocks: Numbers) -> None:
         """Count iterations of one set of decodes, `batch` the first, that ended one after another.
 
         Parameters
@@ -321,15 +326,17 @@ class Replica:
             Left as the iteration that follows.
         ends : sequence of float
             Ends of the iterations, in seconds.
-        usages : sequence of float
-            Share of the KV cache in use once the iteration that follows each of them was formed.
+        num_used_blocks : sequence of int
+            Blocks in use once the iteration that follows each of them was formed.
         """
         num_steps, num_decodes = len(ends), batch.num_decodes
         self.num_batches += num_steps
         self.num_batches_formed += num_steps
         self.num_decode_tokens += num_steps * num_decodes
         added = num_steps * num_decodes
-        self.num_attention_pairs += num_steps * batch.decode_context + (num_steps - 1) * added // 2
+        context = num_steps * batch.decode_context + (num_steps - 1) * added // 2
+        self.num_attention_pairs += context
+        self.num_context_tokens += context
         batch.decode_context += added
         batch.total_context += added
         batch.num_attention_pairs += added
@@ -338,9 +345,12 @@ class Replica:
         timeline = self.timeline
         if ends[-1] >= timeline.next_at:
             num_running, num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
-            for formed_at, usage in zip(ends, usages, strict=True):
-                if formed_at >= timeline.next_at:
-                    timeline.sample(float(formed_at), num_running, num_waiting, float(usage))
+            num_blocks = self.pool.num_blocks
+            position = bisect_left(ends, timeline.next_at)
+            while position < num_steps:
+                usage = int(num_used_blocks[position]) / num_blocks
+                timeline.sample(float(ends[position]), num_running, num_waiting, usage)
+                position = bisect_left(ends, timeline.next_at, position + 1)
 
 
 class Stage(simpy.Resource):

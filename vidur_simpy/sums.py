@@ -9,9 +9,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Numbers", "added", "running_sums"]
+__all__ = ["MANY", "Numbers", "added", "repeated", "running_sums"]
 
-Numbers: TypeAlias = "Sequence[float] | NDArray[np.float64]"
+MANY = 32
+"""From so many values on, an array is faster than a list."""
+
+Numbers: TypeAlias = "Sequence[float] | NDArray[np.float64] | NDArray[np.int64]"
 """Few of them in a list, many in an array: each is faster so."""
 
 
@@ -26,6 +29,19 @@ def added(start: float, values: Numbers) -> float:
     for value in values:  # sum() compensates for rounding from Python 3.12 on
         start += value
     return start
+
+
+def repeated(pattern: Sequence[int], first: int, count: int) -> Numbers:
+    """Return `count` values of a pattern that goes round and round, from position `first` on.
+
+    >>> repeated([1, 2, 3], first=1, count=4)
+    [2, 3, 1, 2]
+    """
+    start = first % len(pattern)
+    if count <= MANY:
+        rounds = -(-(start + count) // len(pattern))
+        return (list(pattern) * rounds)[start : start + count]
+    return np.resize(np.roll(pattern, -start), count)
 
 
 def running_sums(start: float, values: Numbers) -> Numbers:

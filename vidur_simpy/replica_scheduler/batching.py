@@ -149,10 +149,14 @@ class ContinuousBatching:
 
         For each of the prefills also return how many decodes stood ahead of it.
         """
+        running = self.running
+        if len(running) == 1 and type(running[0]) is DecodeSet:
+            self.running = []
+            return running[0], [], []
         decodes: DecodeSet | None = None
         prefills: list[Request] = []
         ahead: list[int] = []
-        for entry in self.running:
+        for entry in running:
             if isinstance(entry, DecodeSet):
                 if decodes is None:
                     decodes = entry
@@ -235,7 +239,7 @@ class ContinuousBatching:
             return 0
         return batch.decodes.num_steady_steps(self.pool.num_free)
 
-    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take.
 
         The caller reserves them: those that each following step takes when it is formed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import accumulate
 
 from pydantic import Field
@@ -99,7 +99,7 @@ class LightLLMScheduler(ContinuousBatching):
         """
         return 0 if self.waiting else super().steady_steps(batch)
 
-    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
         # Counted from 1 up to the limit, and over again.
         period = max(1, self.max_waiting_iterations)

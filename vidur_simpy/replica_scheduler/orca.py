@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from vidur_simpy.decode_set import DecodeSet
@@ -12,7 +10,7 @@ from vidur_simpy.errors import CapacityError
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, Ordering
-from vidur_simpy.sums import Numbers
+from vidur_simpy.sums import Numbers, repeated
 from vidur_simpy.validation import configuration
 
 __all__ = ["Orca", "OrcaScheduler", "ReservingBatching"]
@@ -74,9 +72,10 @@ class ReservingBatching(ContinuousBatching):
             return 0
         return batch.decodes.num_steps_to_finish - 1
 
-    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Sequence[int]:
+    def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; they take no blocks."""
-        return [0] * len(super().skip_steps(batch, execution_times, now))
+        super().skip_steps(batch, execution_times, now)
+        return repeated([0], 0, len(execution_times))
 
     def _num_blocks_held(self, request: Request) -> int:
         return self.num_blocks_each

@@ -215,14 +215,15 @@ class VllmV1Scheduler:
             return True
         return self.waiting.is_steady and self._states[self.waiting[0]] is self._hopeless
 
-    def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> list[int]:
+    def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
         num_blocks = self.lockstep.skip(execution_times, now)
         step.number += len(num_blocks)
         if self.blocks.cache is not None:
             # Cached blocks may be reused for them. The caller reserves them.
-            self.blocks.take(sum(num_blocks))
-            self.pool.free(sum(num_blocks))
+            total = int(sum(num_blocks))
+            self.blocks.take(total)
+            self.pool.free(total)
         return num_blocks
 
     # -- those who run -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.prefix_cache import Block, BlockKeys
 from vidur_simpy.replica_scheduler.vllm_v1_release import Release
-from vidur_simpy.sums import Numbers
+from vidur_simpy.sums import Numbers, repeated
 
 __all__ = ["Lockstep", "Plan", "RequestState", "Step"]
 
@@ -196,7 +196,7 @@ class Lockstep(SharedSteps):
         most = self._block_size * (num_free // self.num_members)
         return min(ends[0] - 1 - self.num_planned, most)
 
-    def skip(self, execution_times: Numbers, now: float) -> list[int]:
+    def skip(self, execution_times: Numbers, now: float) -> Numbers:
         """End the step planned last and as many more as there are times, all steady.
 
         Parameters
@@ -208,15 +208,14 @@ class Lockstep(SharedSteps):
 
         Returns
         -------
-        list of int
+        sequence of int
             Blocks that the step after each of them takes.
         """
         num_steps, first = len(execution_times), self.num_planned
         self.add_times(execution_times, now)
         self.num_planned += num_steps
         self.context += num_steps * self.num_members
-        phases, block_size = self._phases, self._block_size
-        return [phases[step % block_size] for step in range(first, first + num_steps)]
+        return repeated(self._phases, first, num_steps)
 
     def end_step(self, now: float, execution_time: float) -> None:
         """Count a step that ended at `now` and took `execution_time`, both in seconds."""
