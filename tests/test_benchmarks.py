@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+import engines
 import iteration_rate
 
 
@@ -18,3 +19,14 @@ def test_iteration_rate_measures_every_workload() -> None:
     assert len(figures) == 1 + 2 * len(iteration_rate.SCHEDULERS)
     assert all(value > 0 for row in figures.values() for value in row.values())
     assert figures["sarathi, 8 decoding"]["iterations"] == pytest.approx(30)
+
+
+def test_engines_measures_both() -> None:
+    """A tiny run gives figures for both engines; many requests take few bytes each."""
+    made = {name: make for name, make in engines.workloads(20).items() if name[0] in "ae"}
+    figures = engines.compared(made, repetitions=1)
+    for row in figures.values():
+        assert (
+            0 < row["default"]["events_per_iteration"] < row["seven events"]["events_per_iteration"]
+        )
+    assert engines.of_many(2_000)["requests_per_s"] > 0
