@@ -8,13 +8,7 @@ interrupts) gets a priority below every typed event: at one instant the plumbing
 
 from __future__ import annotations
 
-import gc
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import IntEnum
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -25,14 +19,13 @@ import simpy
 from simpy.core import BoundClass, StopSimulation
 from simpy.events import NORMAL, URGENT, Event, EventPriority
 
+from vidur_simpy.around_runs import ctrl_c_between_events, rare_garbage_collection
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
+from vidur_simpy.events import EventType, Signal, TypedEvent
 
 __all__ = ["Environment", "EventOrder", "EventType", "Shortcut", "Signal", "TypedEvent"]
 
 EventOrder = Literal["type", "id"]
-
-# (replica_id, stage_id) of an event, where it has them.
-Where = tuple[int | None, int | None]
 
 
 _FIRST_ARRIVAL_ID = -(2**62)
@@ -50,59 +43,6 @@ class Shortcut(Protocol):
 
     def cut(self, now: float) -> None:
         """Settle, and let what comes after the present step happen event by event."""
-
-
-class EventType(IntEnum):
-    """The seven events of the simulation; the value is the priority among simultaneous ones."""
-
-    BATCH_STAGE_ARRIVAL = 1
-    REQUEST_ARRIVAL = 2
-    BATCH_STAGE_END = 3
-    BATCH_END = 4
-    GLOBAL_SCHEDULE = 5
-    REPLICA_STAGE_SCHEDULE = 6
-    REPLICA_SCHEDULE = 7
-
-
-class TypedEvent(Event):
-    """One of the seven events, at one instant; yield it as any SimPy event.
-
-    Attributes
-    ----------
-    signal : Signal
-        What raised it, and where.
-    event_type : EventType
-    replica_id, stage_id : int or None
-        Where it happens, if it has a place.
-    value : Batch, Request or None
-        The batch or the request it is about.
-    """
-
-    def __init__(self, signal: Signal, value: Any, callbacks: list[Any]) -> None:
-        # As SimPy's own events do, without super().__init__(): one of these is made per event.
-        self.env = signal.env
-        self.callbacks = callbacks
-        self.signal = signal
-        self._ok = True
-        self._value = value
-
-    @property
-    def event_type(self) -> EventType:
-        """Which of the seven it is."""
-        return self.signal.event_type
-
-    @property
-    def replica_id(self) -> int | None:
-        """Replica at which it happens."""
-        return self.signal.where[0]
-
-    @property
-    def stage_id(self) -> int | None:
-        """Pipeline stage at which it happens."""
-        return self.signal.where[1]
-
-    def _desc(self) -> str:
-        return f"{self.event_type.name}(replica_id={self.replica_id}, stage_id={self.stage_id})"
 
 
 class Environment(simpy.Environment):
@@ -257,8 +197,11 @@ class Environment(simpy.Environment):
         SimulationError
             If `until` is an event and nothing is left that could make it happen.
         """
-        with _ctrl_c_between_events(self), _rare_garbage_collection():
+        with ctrl_c_between_events(self._interrupt), rare_garbage_collection():
             return self._run(until)
+
+    def _interrupt(self, is_interrupted: bool) -> None:
+        self._is_interrupted = is_interrupted
 
     def _run(self, until: float | Event | None) -> Any:
         if until is None:
@@ -328,158 +271,6 @@ class Environment(simpy.Environment):
                 raise KeyboardInterrupt
 
 
-@contextmanager
-def _ctrl_c_between_events(env: Environment) -> Iterator[None]:
-    """Hear a ctrl-C when the present event is done, so that nothing is left half done.
-
-    A second one is heard at once. A handler of the user's own stays in charge.
-    """
-    usual = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or usual is not signal.default_int_handler:
-        yield
-        return
-
-    def note(*_: Any) -> None:
-        env._is_interrupted = True
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        env._is_interrupted = False
-
-
-@contextmanager
-def _rare_garbage_collection() -> Iterator[None]:
-    """Look for circular garbage less often: a simulation makes objects fast, and hardly any such.
-
-    Looking as often as usual took a fifth of the time of a run near saturation.
-    """
-    usual = gc.get_threshold()
-    gc.set_threshold(max(usual[0], 100_000) if usual[0] else 0, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-
-
 def _next_of(ids: count[int]) -> int:
     """Return the next serial number without taking it."""
     return int(repr(ids).removeprefix("count(").removesuffix(")"))
-
-
-class Signal:
-    """Raises one type of event at one place.
-
-    A process that waits for each event in turn yields :meth:`wait`. That is SimPy's
-    ``event``/``succeed`` idiom without the hand-over: the process waits for the typed event itself.
-    An event raised while the process is busy elsewhere still happens, and finds nobody, as an
-    event that has nothing to do should. When nobody listens, a schedule event that is raised again
-    before it was handled happens once; `num_merged` says how often more it was raised.
-
-    Parameters
-    ----------
-    env : Environment
-    event_type : EventType
-    where : (int or None, int or None)
-        Replica and stage at which it happens.
-    handler : callable, optional
-        Called with each event, for events that no process waits for.
-    """
-
-    __slots__ = (
-        "_awaited",
-        "_handlers",
-        "_ids",
-        "_last",
-        "_listeners",
-        "_may_merge",
-        "_pending",
-        "_priority",
-        "_queue",
-        "env",
-        "event_type",
-        "num_merged",
-        "where",
-    )
-
-    def __init__(
-        self,
-        env: Environment,
-        event_type: EventType,
-        where: Where = (None, None),
-        handler: Callable[[TypedEvent], None] | None = None,
-    ) -> None:
-        self.env = env
-        self.event_type = event_type
-        self.where = where
-        self._handlers = () if handler is None else (handler,)
-        self._priority, self._ids = env.key_of(event_type)
-        self._queue: list[Any] = env._queue
-        self._listeners = env._listeners
-        self._awaited: TypedEvent | None = None
-        self._pending: deque[TypedEvent] = deque()
-        self._last: TypedEvent | None = None
-        # In "id" order other events may come between two of one instant.
-        is_schedule = event_type >= EventType.GLOBAL_SCHEDULE
-        self._may_merge = is_schedule and env.event_order == "type"
-        self.num_merged = 0
-
-    def at(self, time: float, value: Any = None) -> TypedEvent:
-        """Return the event at exactly `time` in seconds."""
-        event = self._last = self._next_event(value)
-        heappush(self._queue, (time, self._priority, next(self._ids), event))
-        return event
-
-    def raise_now(self, value: Any = None) -> None:
-        """Raise the event at the present instant, for the process that waits."""
-        event = self._awaited
-        if event is None or not event.callbacks:  # nobody waits, or not any more
-            last = self._last
-            if (
-                self._may_merge
-                and last is not None
-                and last.callbacks  # its process was not interrupted meanwhile
-                and not self._listeners
-            ):
-                self.num_merged += 1
-                return
-            event = self._next_event(value)
-            self._pending.append(event)
-        else:
-            self._awaited = None
-            event._value = value
-        heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether somebody listens or records, so that every event has to happen."""
-        return bool(self._listeners)
-
-    def wait(self) -> TypedEvent:
-        """Return the event to yield: the first one raised and not yet handled, or a new one."""
-        pending = self._pending
-        while pending:
-            event = pending.popleft()
-            if event.callbacks is not None:
-                self._last = event
-                return event
-        self._awaited = self._last = event = self._next_event(None)
-        return event
-
-    def let_go(self, event: TypedEvent) -> None:
-        """Never use an event again: somebody may have kept it."""
-        if self._last is event:
-            self._last = None
-
-    def _next_event(self, value: Any) -> TypedEvent:
-        """Return a new event, or if nobody listens the last one again, once it was handled."""
-        event = self._last
-        if event is None or event.callbacks is not None or self._listeners:
-            return TypedEvent(self, value, [*self._handlers])
-        event.callbacks = [*self._handlers]
-        event._value = value
-        return event
