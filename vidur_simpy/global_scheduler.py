@@ -7,6 +7,7 @@ of arrival. A plain function of that shape will do as a policy, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -44,6 +45,9 @@ class ReplicaState(Protocol):
         """Requests on the replica that are not complete."""
         ...
 
+
+_num_outstanding = attrgetter("num_outstanding")
+_num_waiting = attrgetter("num_waiting")
 
 Replica = TypeVar("Replica", bound=ReplicaState)
 Route = Callable[[Request, Sequence[Replica]], Replica]
@@ -101,7 +105,7 @@ class LeastOutstandingRequests:
         """Make the router."""
 
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
-            return min(replicas, key=lambda replica: replica.num_outstanding)
+            return min(replicas, key=_num_outstanding)
 
         return _only_counting(route)
 
@@ -117,7 +121,7 @@ class LeastWaitingRequests:
         """Make the router."""
 
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
-            return min(replicas, key=lambda replica: replica.num_waiting)
+            return min(replicas, key=_num_waiting)
 
         return _only_counting(route)
 
