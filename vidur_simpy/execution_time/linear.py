@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from vidur_simpy.sums import MANY
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from vidur_simpy.execution_time import BatchCounts, StageTime
 
 __all__ = ["Linear"]
-
-# Below so many iterations plain Python is faster than numpy.
-_FEW = 32
 
 
 @configuration
@@ -77,7 +75,15 @@ class LinearStageTime:
         last = decode_context + num_decodes * num_iterations
         start = self._base + self._per_token * num_decodes
         slope, num_stages = self._per_context_token, self._num_stages
-        if num_iterations < _FEW:
+        if num_iterations <= MANY:
             contexts = range(decode_context, last, num_decodes)
             return [(start + slope * context) / num_stages for context in contexts]
         return (start + slope * np.arange(decode_context, last, num_decodes)) / num_stages
+
+    def operators(self, batch: BatchCounts, stage_id: int) -> dict[str, float]:
+        """Return the seconds of a stage by term of the line; together they are its time."""
+        return {
+            "base": self._base / self._num_stages,
+            "tokens": self._per_token * batch.num_tokens / self._num_stages,
+            "context": self._per_context_token * batch.total_context / self._num_stages,
+        }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vidur_simpy.precision import BF16_BYTES, PRECISIONS, Format, Precision
 
@@ -21,7 +21,7 @@ __all__ = [
     "Links",
     "Mixture",
     "Mlp",
-    "PrefillTime",
+    "PrefillAttention",
     "attended",
     "attention_of",
     "prefill_attention",
@@ -169,29 +169,48 @@ class Links:
         return float(latency + sent_bytes / (self._link * share))
 
 
-def attended(prefills: Iterable[PrefillChunk], window: int = 0) -> tuple[float, int, int]:
+def attended(prefills: Iterable[PrefillChunk], window: int = 0) -> tuple[int, int, int]:
     """Sum up what prefill chunks attend to: pairs, tokens computed, and tokens read.
 
     A chunk of ``c`` tokens after a prefix of ``p`` attends to ``c * p + c * (c + 1) / 2`` pairs.
     With a window of ``w`` tokens (0: without), a token attends to at most so many.
     """
-    num_pairs, num_tokens, context = 0.0, 0, 0
+    num_pairs = num_tokens = context = 0
     for chunk in prefills:
         length, end = chunk.num_tokens, chunk.context
-        if 0 < window < end:
-            growing = max(window - end + length, 0)
-            num_pairs += growing * (end - length) + growing * (growing + 1) / 2
-            num_pairs += (length - growing) * window
-            context += min(end, window + length)
-        else:
-            num_pairs += length * (end - length) + length * (length + 1) / 2
-            context += end
+        prefix = end - length
         num_tokens += length
+        if window == 0 or end <= window:
+            num_pairs += length * prefix + length * (length + 1) // 2
+            context += end
+        elif prefix < window:
+            growing = window - prefix  # tokens that still see everything
+            num_pairs += growing * prefix + growing * (growing + 1) // 2
+            num_pairs += (length - growing) * window
+            context += end
+        else:
+            num_pairs += length * window
+            context += length + window
     return num_pairs, num_tokens, context
 
 
-PrefillTime: TypeAlias = Callable[[float, int, int], float]
-"""Seconds of one layer's attention over all prefill chunks, from what `attended` returns."""
+class PrefillAttention(NamedTuple):
+    """Attention of one layer over all prefill chunks, which run as one kernel; its start is apart.
+
+    Compute and memory time, in seconds, are sums of what `attended` counts.
+    """
+
+    compute_per_pair: float
+    compute_per_token: float
+    memory_per_context: float
+    memory_per_token: float
+    smoothness: float
+
+    def time(self, num_pairs: int, num_tokens: int, context: int) -> float:
+        """Return the smooth maximum of compute and memory time."""
+        compute = self.compute_per_pair * num_pairs + self.compute_per_token * num_tokens
+        memory = self.memory_per_context * context + self.memory_per_token * num_tokens
+        return smooth_max(compute, memory, self.smoothness)
 
 
 def prefill_attention(
@@ -199,30 +218,19 @@ def prefill_attention(
     operations_per_pair: float,
     bytes_per_context: float,
     bytes_per_token: float,
-) -> PrefillTime:
-    """Return the attention over prefill chunks, which run as one kernel."""
+) -> PrefillAttention:
+    """Return the attention over prefill chunks on one device."""
     factors = kernels.factors
     flops = kernels.device.peak_flops() * factors.prefill_compute
     bandwidth = kernels.bandwidth * factors.prefill_memory
-    smoothness, root = factors.smoothness, 1 / factors.smoothness
-    start = factors.attention_time
     compute_per_pair = operations_per_pair / flops
-    compute_per_token = factors.prefill_extra_context * compute_per_pair
-    memory_per_context = bytes_per_context / bandwidth
-    memory_per_token = bytes_per_token / bandwidth
-
-    def prefill_time(num_pairs: float, num_tokens: int, context: int) -> float:
-        # A plain function with smooth_max written out: iterations spend most of their time here.
-        compute = compute_per_pair * num_pairs + compute_per_token * num_tokens
-        memory = memory_per_context * context + memory_per_token * num_tokens
-        if compute < memory:
-            compute, memory = memory, compute
-        if not compute:
-            return start
-        time: float = start + compute * (1 + (memory / compute) ** smoothness) ** root
-        return time
-
-    return prefill_time
+    return PrefillAttention(
+        compute_per_pair,
+        factors.prefill_extra_context * compute_per_pair,
+        bytes_per_context / bandwidth,
+        bytes_per_token / bandwidth,
+        factors.smoothness,
+    )
 
 
 class Attention(Protocol):
@@ -232,18 +240,21 @@ class Attention(Protocol):
     ----------
     per_decode_context : float
         Seconds per token in the KV cache of the sequences that decode.
-    prefill_time : PrefillTime
-        Seconds of all prefill chunks.
+    prefill : PrefillAttention
+        Attending in prefill chunks.
     """
 
     per_decode_context: float
-    prefill_time: PrefillTime
+    prefill: PrefillAttention
 
     def projections_time(self, num_tokens: int) -> float:
         """Return the time of the products before and after attention itself."""
 
     def decode_time(self, num_decodes: int) -> float:
         """Return what decoding takes besides `per_decode_context`."""
+
+    def expansion_time(self, context: int) -> float:
+        """Return the time that prefill chunks take before they attend to so much KV cache."""
 
 
 def attention_of(deployment: Deployment, kernels: Kernels) -> Attention:
@@ -266,9 +277,7 @@ class GroupedQueryAttention:
         self.per_decode_context = kv_bytes / (kernels.bandwidth * kernels.factors.decode_memory)
         # Four operations per pair and value of the queries; queries and outputs are moved once.
         query_bytes = 2 * self._query_size * BF16_BYTES
-        self.prefill_time: PrefillTime = prefill_attention(
-            kernels, 4 * self._query_size, kv_bytes, query_bytes
-        )
+        self.prefill = prefill_attention(kernels, 4 * self._query_size, kv_bytes, query_bytes)
 
     def projections_time(self, num_tokens: int) -> float:
         """Return the time of the products for queries, keys and values, and for the output."""
@@ -279,6 +288,10 @@ class GroupedQueryAttention:
     def decode_time(self, num_decodes: int) -> float:
         """Return the least time; all the rest is reading the KV cache once."""
         return self._kernels.factors.attention_time
+
+    def expansion_time(self, context: int) -> float:
+        """Return 0: the cache holds keys and values."""
+        return 0.0
 
 
 class LatentAttention:
@@ -302,8 +315,7 @@ class LatentAttention:
         self._head_width = model.latent_head_width
         width = self._num_heads * (model.head_dim + model.value_head_dim)
         width_bytes = width * BF16_BYTES
-        self._attend = prefill_attention(kernels, 2 * width, width_bytes, width_bytes)
-        self.prefill_time: PrefillTime = self._prefill_time
+        self.prefill = prefill_attention(kernels, 2 * width, width_bytes, width_bytes)
         kv_bytes = model.kv_latent_size * deployment.kv_bytes_per_value
         operations = 2 * self._num_heads * (model.kv_latent_size + model.latent_rank)
         compute = operations / (deployment.device.peak_flops() * factors.prefill_compute)
@@ -326,11 +338,9 @@ class LatentAttention:
         in_and_out = self._product_time(num_decodes, self._num_heads * self._head_width, self._rank)
         return in_and_out + self._kernels.factors.attention_time
 
-    def _prefill_time(self, num_pairs: float, num_tokens: int, context: int) -> float:
-        """Return the time to compute keys and values from the cache, and to attend to them."""
-        columns = self._num_heads * self._head_width
-        keys_and_values = self._product_time(context, columns, self._rank)
-        return keys_and_values + self._attend(num_pairs, num_tokens, context)
+    def expansion_time(self, context: int) -> float:
+        """Return the time to compute the keys and values of every head from the latent cache."""
+        return self._product_time(context, self._num_heads * self._head_width, self._rank)
 
     def _product_time(self, rows: float, columns: float, depth: float) -> float:
         return self._kernels.product_time(rows, columns, depth, self._precision)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from pydantic import Field
 
 from vidur_simpy.execution_time.factors import RooflineFactors
@@ -21,22 +23,36 @@ from vidur_simpy.validation import configuration
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
+
     from vidur_simpy.deployment import Deployment
     from vidur_simpy.entities import PrefillChunk
-    from vidur_simpy.execution_time import BatchCounts
+    from vidur_simpy.execution_time.interface import BatchCounts, StageTime
     from vidur_simpy.hardware import Device
 
-__all__ = ["Roofline", "RooflineFactors", "RooflineStageTime"]
+__all__ = ["Roofline", "RooflineFactors", "RooflineStageTime", "RooflineStages"]
+
+
+# Below so many iterations plain Python is faster than numpy.
+_FEW = 32
+# Contexts that a table keeps; some 6 MB.
+_MANY = 65_536
 
 
 class Table(dict[int, float]):
-    """The values of a function of a number, each computed when it is first asked for."""
+    """The values of a function of a number, each computed when it is first asked for.
 
-    def __init__(self, function: Callable[[int], float]) -> None:
+    When there are `capacity` of them, all are forgotten.
+    """
+
+    def __init__(self, function: Callable[[int], float], capacity: float = math.inf) -> None:
         super().__init__()
         self._function = function
+        self._capacity = capacity
 
     def __missing__(self, number: int) -> float:
+        if len(self) >= self._capacity:
+            self.clear()
         value = self[number] = self._function(number)
         return value
 
@@ -99,22 +115,41 @@ class Roofline:
     def for_replica(self, deployment: Deployment) -> RooflineStageTime:
         """Return the stage times of a replica."""
         factors = self.factors_for(deployment.device)
-        return RooflineStageTime(deployment, factors, self.cpu_overhead, self.expert_imbalance)
+        stages = RooflineStages(deployment, factors, self.cpu_overhead, self.expert_imbalance)
+        return stages.stage_time()
 
 
-class RooflineStageTime:
+class RooflineStageTime(Protocol):
     """The roofline of one replica: call it with a batch and a stage for the seconds.
-
-    Every stage takes its share of the layers; the first one also the CPU overhead, the last one
-    the LM head, all but the last one the transfer to the next. The embedding lookup, the final
-    norm and the sampling are not counted.
-
-    What depends on the number of tokens alone is computed once per number and kept.
 
     Attributes
     ----------
     factors_name : str
         The set of fitted factors in use.
+    """
+
+    factors_name: str
+
+    def __call__(self, batch: BatchCounts, stage_id: int) -> float:
+        """Return the seconds that a stage, counted from 0, takes for a batch."""
+
+    def operators(self, batch: BatchCounts, stage_id: int) -> dict[str, float]:
+        """Return the seconds of a stage by operator; together they are its time."""
+
+    def decode_times(
+        self, num_decodes: int, decode_context: int, num_iterations: int, stage_id: int
+    ) -> list[float] | NDArray[np.float64]:
+        """Return the seconds of each of the next iterations of the same decodes."""
+
+
+class RooflineStages:
+    """The pipeline stages of one replica: what they execute, and in what time.
+
+    Every stage takes its share of the layers; the first one also the CPU overhead, the last one
+    the LM head, all but the last one the transfer to the next. The embedding lookup, the final
+    norm and the sampling are not counted.
+
+    What depends on the number of tokens, or of sequences, alone is computed once and kept.
     """
 
     def __init__(
@@ -140,42 +175,134 @@ class RooflineStageTime:
         self._num_plain = model.num_plain_layers / num_stages
         self._num_mixtures = model.num_mixture_layers / num_stages
         self._window = model.sliding_window
+        self._is_latent = bool(model.kv_latent_size)
         self._hidden_size = model.hidden_size
         self._vocabulary = model.vocab_size / deployment.tensor_parallel_size
         self._cpu_overhead = cpu_overhead
-        self._prefill_time = self._attention.prefill_time
+        self._attention_time = factors.attention_time
         per_context = self._attention.per_decode_context
         self._per_context = self._num_full * per_context
         self._per_window = self._num_sliding * per_context
-        self._fixed_times = [
-            Table(functools.partial(self.fixed_time, stage_id)) for stage_id in range(num_stages)
-        ]
-        self._decode_starts = Table(lambda num_decodes: self.decode_time(num_decodes, 0))
-        self._lm_head_times = Table(self.lm_head_time)
+        stages = range(num_stages)
+        # By stage, then by number of tokens; by prefill chunks and decodes; by decodes. Plain
+        # lists and dictionaries are the fastest to look up.
+        self._fixed_times: list[dict[int, float]] = [{} for _ in stages]
+        self._sequence_times: list[list[list[float]]] = [[] for _ in stages]
+        self._decode_starts = [Table(functools.partial(self._start, stage)) for stage in stages]
+        self._chunk_times: dict[int, tuple[float, float]] = {}
+        self._expansion_times = Table(self._attention.expansion_time, _MANY)
 
-    def __call__(self, batch: BatchCounts, stage_id: int) -> float:
-        """Return the seconds that a stage, counted from 0, takes for a batch."""
-        num_tokens, num_decodes = batch.num_tokens, batch.num_decodes
-        context, prefills = batch.decode_context, batch.prefills
-        time = self._fixed_times[stage_id][num_tokens]
-        if num_decodes:
-            time += self._decode_starts[num_decodes] + self._per_context * context
-            if self._per_window:
-                most = num_decodes * self._window
-                time += self._per_window * (context if context < most else most)
-        if prefills:
-            if self._num_sliding:
-                time += self.prefill_time(prefills)
-            else:
-                # As prefill_time, from the sums that a batch keeps anyway.
-                time += self._num_full * self._prefill_time(
-                    batch.num_attention_pairs - context,
-                    num_tokens - num_decodes,
-                    batch.total_context - context,
+    def stage_time(self) -> RooflineStageTime:
+        """Return the stage times, as a function: it is called faster than an object is."""
+        # As few variables as possible: all of them are copied at each call.
+        fixed_times, sequence_times = self._fixed_times, self._sequence_times
+        decode_starts, chunk_times = self._decode_starts, self._chunk_times
+        prefill, per_context = self._attention.prefill, self._per_context
+        compute_per_pair = self._num_full * prefill.compute_per_pair
+        memory_per_context = self._num_full * prefill.memory_per_context
+        smoothness, root, keep = prefill.smoothness, 1 / prefill.smoothness, self._keep
+
+        def stage_time(batch: BatchCounts, stage_id: int) -> float:
+            prefills, num_decodes = batch.prefills, batch.num_decodes
+            context = batch.decode_context
+            if not prefills:
+                return decode_starts[stage_id][num_decodes] + per_context * context
+            num_tokens = batch.num_tokens
+            try:
+                time = (
+                    fixed_times[stage_id][num_tokens]
+                    + sequence_times[stage_id][len(prefills)][num_decodes]
+                    + per_context * context
                 )
-        if stage_id == self._last_stage:
-            time += self._lm_head_times[num_decodes + len(prefills)]
-        return time
+                compute, memory = chunk_times[num_tokens - num_decodes]
+            except (KeyError, IndexError):
+                keep(stage_id, num_tokens, num_decodes, len(prefills))
+                return stage_time(batch, stage_id)
+            # As PrefillAttention.time, written out: iterations spend most of their time here.
+            compute += compute_per_pair * (batch.num_attention_pairs - context)
+            memory += memory_per_context * (batch.total_context - context)
+            if compute < memory:
+                compute, memory = memory, compute
+            if compute:
+                time += compute * (1.0 + (memory / compute) ** smoothness) ** root
+            return time
+
+        function: Any = stage_time
+        if self._is_latent:
+            function = self._with_expansion(function)
+        if self._num_sliding:
+            function = self._with_windows(function)
+        function.factors_name = self.factors_name
+        function.operators, function.decode_times = self.operators, self.decode_times
+        return function  # type: ignore[no-any-return]
+
+    def _with_expansion(self, stage_time: StageTime) -> StageTime:
+        """Return stage times with the time to expand latent caches for prefill chunks."""
+        num_full, expansion_times = self._num_full, self._expansion_times
+
+        def with_expansion(batch: BatchCounts, stage_id: int) -> float:
+            time = stage_time(batch, stage_id)
+            if not batch.prefills:
+                return time
+            return time + num_full * expansion_times[batch.total_context - batch.decode_context]
+
+        return with_expansion
+
+    def _with_windows(self, stage_time: StageTime) -> StageTime:
+        """Return stage times with the layers that attend in sliding windows."""
+        num_sliding, per_window, window = self._num_sliding, self._per_window, self._window
+
+        def with_windows(batch: BatchCounts, stage_id: int) -> float:
+            context, most = batch.decode_context, batch.num_decodes * window
+            in_window = context if context < most else most
+            time = stage_time(batch, stage_id) + per_window * in_window
+            if batch.prefills:
+                time += num_sliding * self._window_time(batch.prefills)
+            return time
+
+        return with_windows
+
+    def _keep(self, stage_id: int, num_tokens: int, num_decodes: int, num_prefills: int) -> None:
+        """Compute what `stage_time` needs to know of a batch with prefill chunks."""
+        by_prefills = self._sequence_times[stage_id]
+        while len(by_prefills) <= num_prefills:
+            by_prefills.append([])
+        by_decodes = by_prefills[num_prefills]
+        for number in range(len(by_decodes), num_decodes + 1):
+            by_decodes.append(self.sequence_time(stage_id, num_prefills, number))
+        self._fixed_times[stage_id][num_tokens] = self.fixed_time(stage_id, num_tokens)
+        prefill, num_chunk_tokens = self._attention.prefill, num_tokens - num_decodes
+        self._chunk_times[num_chunk_tokens] = (
+            self._num_full * prefill.compute_per_token * num_chunk_tokens,
+            self._num_full * prefill.memory_per_token * num_chunk_tokens,
+        )
+
+    def _start(self, stage_id: int, num_decodes: int) -> float:
+        """Return the time of decodes alone, but for reading the KV cache."""
+        return self.fixed_time(stage_id, num_decodes) + self.sequence_time(stage_id, 0, num_decodes)
+
+    def _window_time(self, prefills: Sequence[PrefillChunk]) -> float:
+        """Return the attention of one layer with a sliding window over all prefill chunks."""
+        seen = attended(prefills, self._window)
+        return self._attention.expansion_time(seen[2]) + self._attention.prefill.time(*seen)
+
+    def decode_times(
+        self, num_decodes: int, decode_context: int, num_iterations: int, stage_id: int
+    ) -> list[float] | NDArray[np.float64]:
+        """Return the seconds of each of the next iterations of the same decodes."""
+        last = decode_context + num_decodes * num_iterations
+        start, slope = self._decode_starts[stage_id][num_decodes], self._per_context
+        per_window, most = self._per_window, num_decodes * self._window
+        if num_iterations >= _FEW:
+            contexts = np.arange(decode_context, last, num_decodes, dtype=np.float64)
+            times: NDArray[np.float64] = start + slope * contexts
+            if per_window:
+                times += per_window * np.minimum(contexts, most)
+            return times
+        few = range(decode_context, last, num_decodes)
+        if not per_window:
+            return [start + slope * context for context in few]
+        return [start + slope * context + per_window * min(context, most) for context in few]
 
     def operators(self, batch: BatchCounts, stage_id: int) -> dict[str, float]:
         """Return the seconds of a stage by operator; together they are its time."""
@@ -221,6 +348,15 @@ class RooflineStageTime:
             times["all_to_all"] = self._num_mixtures * links.all_to_all_time(num_tokens)
         return times
 
+    def sequence_time(self, stage_id: int, num_prefills: int, num_decodes: int) -> float:
+        """Return the part of a stage's time that depends on the number of sequences alone."""
+        time = self.decode_time(num_decodes, 0) if num_decodes else 0.0
+        if num_prefills:
+            time += self._num_layers * self._attention_time
+        if stage_id == self._last_stage:
+            time += self.lm_head_time(num_decodes + num_prefills)
+        return time
+
     def decode_time(self, num_decodes: int, context: int) -> float:
         """Return the attention of a stage's layers over all decodes.
 
@@ -232,9 +368,12 @@ class RooflineStageTime:
 
     def prefill_time(self, prefills: Sequence[PrefillChunk]) -> float:
         """Return the attention of a stage's layers over all prefill chunks."""
-        time = self._num_full * self._prefill_time(*attended(prefills))
+        seen = attended(prefills)
+        time = self._num_layers * self._attention_time
+        expansion = self._attention.expansion_time(seen[2])
+        time += self._num_full * (expansion + self._attention.prefill.time(*seen))
         if self._num_sliding:
-            time += self._num_sliding * self._prefill_time(*attended(prefills, self._window))
+            time += self._num_sliding * self._window_time(prefills)
         return time
 
     def lm_head_time(self, num_sequences: int) -> float:
