@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import engines
+import execution_time_rate
 import iteration_rate
 
 
@@ -30,3 +31,11 @@ def test_engines_measures_both() -> None:
             0 < row["default"]["events_per_iteration"] < row["seven events"]["events_per_iteration"]
         )
     assert engines.of_many(2_000)["requests_per_s"] > 0
+
+
+def test_execution_time_rate_measures_every_model() -> None:
+    """A few calls give a figure for every model, number of chunks and length of a run."""
+    for rows in (execution_time_rate.call_times(25), execution_time_rate.run_times(25)):
+        assert all(len(row) == 1 + len(execution_time_rate.MODELS) for row in rows)
+        assert all(value > 0 for row in rows for value in row.values())
+    assert execution_time_rate.iterations_per_second("linear", num_requests=10) > 0

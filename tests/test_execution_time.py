@@ -30,7 +30,7 @@ GOLDEN_CASES = [
 
 def test_the_table_holds_models():
     """Every model of the table has the shape of one, and works without settings."""
-    assert set(EXECUTION_TIMES) == {"linear", "roofline"}
+    assert set(EXECUTION_TIMES) == {"calibrated", "linear", "roofline"}
     for model in EXECUTION_TIMES.values():
         assert isinstance(model(), ExecutionTime)
         assert stage_time_of(model(), replica())(decodes(4, 100), 0) > 0

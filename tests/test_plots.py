@@ -418,7 +418,11 @@ def test_plots_use_the_given_axes_and_leave_the_style(name):
     """Each draws on the axes it is given, returns them, and changes no setting."""
     before = dict(mpl.rcParams)
     result = made(
-        [1.0, 2.0], batches=batches(5), stages=stages(5), timeline=samples((0.0, 0, 1, 0, 0.5))
+        [1.0, 2.0],
+        batches=batches(5),
+        stages=stages(5),
+        operators={},
+        timeline=samples((0.0, 0, 1, 0, 0.5)),
     )
     _, ax = plt.subplots()
     assert getattr(result.plot, name)(ax=ax) is ax

@@ -58,6 +58,7 @@ def made(record=(), info=INFO, config=CONFIG, **changes):
             "kv_cache_usage_mean": [0.1, 0.3],
             "kv_cache_usage_peak": [0.4, 0.8],
             "mfu": [0.2, 0.3],
+            "mbu": [0.3, 0.5],
         },
         "timeline": {
             "time": [1.5, 2.0, 5.0],
@@ -258,6 +259,7 @@ def test_figures():
             "kv_cache_usage_mean": 0.2,
             "kv_cache_usage_peak": 0.8,
             "mfu": 0.25,
+            "mbu": 0.4,
         }
     )
 
@@ -305,7 +307,8 @@ total token throughput    101.7 tokens/s
 restarts                  3
 utilisation               60.0%
 KV-cache usage            20.0% mean, 80.0% peak
-MFU                       25.0%"""
+MFU                       25.0%
+MBU                       40.0%"""
 
 
 def test_most_common_refusal():

@@ -18,17 +18,26 @@ PACKAGE = Path(vs.__file__).parent
 
 # The floors, lowest first: a room imports rooms of lower floors only.
 FLOORS = [
-    ["errors", "columns"],
-    ["validation", "precision", "huggingface"],
-    ["entities", "hardware", "kv_cache"],
-    ["decode_set"],
+    ["errors", "columns", "sums"],
+    ["validation", "precision", "huggingface", "parallel", "intervals", "warm_up", "power"],
+    ["dictionary", "files", "parquet", "resampling", "vllm_bench"],
+    ["entities", "hardware", "kv_cache", "record_columns"],
+    ["decode_set", "around_runs", "events"],
     ["deployment", "prefix_cache"],
     ["kernel", "workload", "execution_time", "global_scheduler", "replica_scheduler"],
-    ["metrics", "fast_forward", "series", "storage", "summary", "fitting"],
-    ["processes", "cluster", "drawing"],
-    ["config", "plots", "measurements"],
+    ["metrics", "fast_forward", "request_log", "series", "storage", "summary", "fitting"],
+    ["stage"],
+    ["processes", "cluster", "drawing", "journal", "statistics", "slo", "scaling"],
+    ["differences", "token_times", "trace_export", "operator_plot", "economics"],
+    ["config", "plots", "measurements", "bench_files"],
+    ["exports"],
     ["result"],
+    ["shards", "comparison"],
     ["simulation"],
+    ["search"],
+    ["fronts", "trials"],
+    ["search_plots", "candidates"],
+    ["capacity_search", "recommendation"],
     ["replay"],
     ["calibration", "uncertainty"],
     ["cli"],
@@ -36,7 +45,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # Where SimPy may be seen: the clock, the main loop, and what wires them.
-ON_THE_CLOCK = {"kernel", "fast_forward", "processes", "simulation"}
+ON_THE_CLOCK = {"events", "kernel", "fast_forward", "stage", "processes", "simulation"}
 
 
 def name_of(file):

@@ -18,8 +18,11 @@ __version__ = "0.1.0"
 
 # The shelf: module -> the public names it holds. Nothing is imported before it is used.
 _SHELF = {
+    "calibration": ["Calibration", "calibrate"],
+    "capacity_search": ["Capacity", "capacity"],
     "cluster": ["Cluster"],
     "columns": ["COLUMNS"],
+    "comparison": ["Comparison", "compare"],
     "config": ["dump_config", "load_config"],
     "decode_set": ["DecodeSet"],
     "entities": ["Batch", "PrefillChunk", "Request"],
@@ -31,7 +34,14 @@ _SHELF = {
         "TraceError",
         "VidurError",
     ],
-    "execution_time": ["Linear", "Roofline", "RooflineFactors"],
+    "execution_time": [
+        "AIConfigurator",
+        "Calibrated",
+        "Linear",
+        "Profile",
+        "Roofline",
+        "RooflineFactors",
+    ],
     "global_scheduler": [
         "LeastOutstandingRequests",
         "LeastWaitingRequests",
@@ -39,9 +49,14 @@ _SHELF = {
         "RoundRobin",
     ],
     "deployment": ["Deployment"],
+    "dictionary": ["metrics_dictionary"],
     "hardware": ["Device", "Model"],
+    "intervals": ["Interval"],
     "kernel": ["Environment", "EventType"],
     "kv_cache": ["KVCache"],
+    "measurements": ["MeasuredIterations", "MeasuredRequests", "read_measurement"],
+    "fronts": ["pareto"],
+    "recommendation": ["Recommendation", "recommend"],
     "replica_scheduler": [
         "ContinuousBatching",
         "FasterTransformer",
@@ -53,8 +68,14 @@ _SHELF = {
         "Vllm",
         "VllmV1",
     ],
-    "result": ["Result", "load_result"],
+    "result": ["Result", "load_records", "load_result", "load_vllm_bench"],
+    "search": ["Sweep", "sweep"],
+    "search_plots": ["plot_front", "plot_throughput_latency"],
     "simulation": ["Simulation", "simulate"],
+    "slo": ["Slo"],
+    "statistics": ["interval", "paired_difference"],
+    "trials": ["replicate"],
+    "uncertainty": ["simulate_with_uncertainty"],
     "workload": [
         "AllAtOnce",
         "Constant",
@@ -76,10 +97,15 @@ _HOME = {name: module for module, names in _SHELF.items() for name in names}
 
 __all__ = [
     "COLUMNS",
+    "AIConfigurator",
     "AllAtOnce",
     "Batch",
+    "Calibrated",
+    "Calibration",
+    "Capacity",
     "CapacityError",
     "Cluster",
+    "Comparison",
     "ConfigError",
     "Constant",
     "ContinuousBatching",
@@ -91,20 +117,25 @@ __all__ = [
     "FasterTransformer",
     "FixedLengths",
     "Gamma",
+    "Interval",
     "KVCache",
     "LeastOutstandingRequests",
     "LeastWaitingRequests",
     "LightLLM",
     "Linear",
     "LognormalLengths",
+    "MeasuredIterations",
+    "MeasuredRequests",
     "Mnemosyne",
     "Model",
     "Orca",
     "Poisson",
     "PrefillChunk",
+    "Profile",
     "ProfileError",
     "PublishedLengths",
     "RandomRouting",
+    "Recommendation",
     "ReplicaResources",
     "Request",
     "Result",
@@ -114,6 +145,8 @@ __all__ = [
     "Sarathi",
     "Simulation",
     "SimulationError",
+    "Slo",
+    "Sweep",
     "Trace",
     "TraceArrivals",
     "TraceError",
@@ -124,18 +157,38 @@ __all__ = [
     "VllmV1",
     "Workload",
     "ZipfLengths",
+    "calibrate",
+    "capacity",
+    "compare",
     "dump_config",
+    "interval",
     "load_config",
+    "load_records",
     "load_result",
+    "load_vllm_bench",
+    "metrics_dictionary",
+    "paired_difference",
+    "pareto",
+    "plot_front",
+    "plot_throughput_latency",
+    "read_measurement",
+    "recommend",
+    "replicate",
     "simulate",
+    "simulate_with_uncertainty",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
+    from vidur_simpy.calibration import Calibration, calibrate
+    from vidur_simpy.capacity_search import Capacity, capacity
     from vidur_simpy.cluster import Cluster
     from vidur_simpy.columns import COLUMNS
+    from vidur_simpy.comparison import Comparison, compare
     from vidur_simpy.config import dump_config, load_config
     from vidur_simpy.decode_set import DecodeSet
     from vidur_simpy.deployment import Deployment
+    from vidur_simpy.dictionary import metrics_dictionary
     from vidur_simpy.entities import Batch, PrefillChunk, Request
     from vidur_simpy.errors import (
         CapacityError,
@@ -145,7 +198,15 @@ if TYPE_CHECKING:
         TraceError,
         VidurError,
     )
-    from vidur_simpy.execution_time import Linear, Roofline, RooflineFactors
+    from vidur_simpy.execution_time import (
+        AIConfigurator,
+        Calibrated,
+        Linear,
+        Profile,
+        Roofline,
+        RooflineFactors,
+    )
+    from vidur_simpy.fronts import pareto
     from vidur_simpy.global_scheduler import (
         LeastOutstandingRequests,
         LeastWaitingRequests,
@@ -153,8 +214,15 @@ if TYPE_CHECKING:
         RoundRobin,
     )
     from vidur_simpy.hardware import Device, Model
+    from vidur_simpy.intervals import Interval
     from vidur_simpy.kernel import Environment, EventType
     from vidur_simpy.kv_cache import KVCache
+    from vidur_simpy.measurements import (
+        MeasuredIterations,
+        MeasuredRequests,
+        read_measurement,
+    )
+    from vidur_simpy.recommendation import Recommendation, recommend
     from vidur_simpy.replica_scheduler import (
         ContinuousBatching,
         FasterTransformer,
@@ -166,8 +234,14 @@ if TYPE_CHECKING:
         Vllm,
         VllmV1,
     )
-    from vidur_simpy.result import Result, load_result
+    from vidur_simpy.result import Result, load_records, load_result, load_vllm_bench
+    from vidur_simpy.search import Sweep, sweep
+    from vidur_simpy.search_plots import plot_front, plot_throughput_latency
     from vidur_simpy.simulation import Simulation, simulate
+    from vidur_simpy.slo import Slo
+    from vidur_simpy.statistics import interval, paired_difference
+    from vidur_simpy.trials import replicate
+    from vidur_simpy.uncertainty import simulate_with_uncertainty
     from vidur_simpy.workload import (
         AllAtOnce,
         Constant,

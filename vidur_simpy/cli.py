@@ -41,11 +41,22 @@ def commands() -> None:
     help="Also keep batches, stages, events or tokens; may be given several times.",
 )
 @click.option(
+    "--record-to",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="New folder to which rows go as they come, so that a run that is killed keeps them.",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the tables and figures; nothing is written without it.",
 )
-def run(config: str, overrides: Sequence[str], record: Sequence[str], out: Path | None) -> None:
+def run(
+    config: str,
+    overrides: Sequence[str],
+    record: Sequence[str],
+    record_to: Path | None,
+    out: Path | None,
+) -> None:
     """Run CONFIG and print the summary."""
     from vidur_simpy import Simulation
     from vidur_simpy.storage import check_target
@@ -54,12 +65,117 @@ def run(config: str, overrides: Sequence[str], record: Sequence[str], out: Path 
     arguments["record"] = [*_names(arguments.get("record", ())), *record]
     if out is not None:
         check_target(out)
-    simulation = Simulation(**arguments)
+        if record_to is not None and record_to.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"--record-to {record_to}: expected a folder outside of --out {out}.")
+    simulation = Simulation(**arguments, record_to=record_to)
     try:
         simulation.run(until)
     finally:
         # Whatever ended the run, what it computed is shown and kept.
         _show(simulation.result(), out)
+
+
+@commands.command()
+@config_argument
+@set_option
+@click.option(
+    "--grid",
+    "grid",
+    metavar="KEY=VALUE,...",
+    multiple=True,
+    required=True,
+    help="Values of a setting, as in cluster.num_replicas=1,2,4; all combinations of several.",
+)
+@click.option("--replications", type=int, default=1, help="Runs of each, with seeds of their own.")
+@click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps each run as it is done: the same command goes on after a kill.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="CSV file for the whole table; nothing is written without it.",
+)
+@click.option("--jobs", type=int, default=-1, help="Workers; one per core if not given.")
+def sweep(
+    config: str,
+    overrides: Sequence[str],
+    grid: Sequence[str],
+    replications: int,
+    store: Path | None,
+    out: Path | None,
+    jobs: int,
+) -> None:
+    """Run CONFIG with every combination of some settings and print a row for each."""
+    import vidur_simpy
+    from vidur_simpy.config import read_grid
+
+    arguments, until = _arguments(config, overrides)
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    arguments["record"] = _names(arguments.get("record", ()))
+    values = read_grid(grid)
+    made = vidur_simpy.sweep(
+        **arguments, grid=values, until=until, replications=replications, store=store, jobs=jobs
+    )
+    click.echo(str(made))
+    if out is not None:
+        made.table.to_csv(out, index=False, lineterminator="\n")
+        click.echo(f"The table is in {out}.")
+    errors = [error for error in made.table["error"] if error]
+    if errors:
+        raise SimulationError(f"{len(errors)} of {len(made)} runs failed; the first: {errors[0]}")
+
+
+@commands.command()
+@config_argument
+@set_option
+@click.option(
+    "--slo",
+    metavar="NAME=SECONDS",
+    multiple=True,
+    required=True,
+    help="Limit, as in ttft:p99=2 or tpot:mean=0.05; or on each request, as in ttft=2 beside "
+    "fraction=0.99; may be given several times.",
+)
+@click.option("--tolerance", type=float, default=0.05, help="How close to come, 0.05 if not given.")
+@click.option("--max-replications", type=int, default=32, help="Most runs at one rate.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="CSV file for the rates that were tried; nothing is written without it.",
+)
+@click.option("--jobs", type=int, default=-1, help="Workers; one per core if not given.")
+def capacity(
+    config: str,
+    overrides: Sequence[str],
+    slo: Sequence[str],
+    tolerance: float,
+    max_replications: int,
+    out: Path | None,
+    jobs: int,
+) -> None:
+    """Find the highest arrival rate at which CONFIG meets a service-level objective."""
+    import vidur_simpy
+
+    arguments, _ = _arguments(config, overrides)
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    found = vidur_simpy.capacity(
+        arguments["cluster"],
+        arguments["workload"],
+        slo,
+        tolerance=tolerance,
+        max_replications=max_replications,
+        seed=arguments.get("seed", 0),
+        jobs=jobs,
+    )
+    click.echo(found.curve.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    click.echo(str(found))
+    if out is not None:
+        found.curve.to_csv(out, index=False, lineterminator="\n")
+        click.echo(f"The rates that were tried are in {out}.")
 
 
 @commands.command()

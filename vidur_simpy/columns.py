@@ -81,5 +81,18 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "prefix_cache_hit_rate": ("", "share of the tokens looked up that were found, 0 to 1"),
         "num_evicted_blocks": ("", "cached blocks that were forgotten for others"),
         "mfu": ("", "model FLOPs utilisation while busy and idle, 0 to 1"),
+        "mbu": ("", "model bandwidth utilisation while busy and idle, 0 to 1"),
+        "num_devices": ("", "devices that it runs on"),
+        "tdp_w": ("W", "power limit of one of them by its data sheet; missing if not known"),
+        "energy_kwh": ("kWh", "energy of all of them, by power.mean_power_w"),
+    },
+    "operators": {
+        "replica_id": ("", "replica"),
+        "stage_id": ("", "pipeline stage, from 0"),
+        "batch_kind": ("", "prefill, mixed or decode: what the batches held"),
+        "operator": ("", "part of the execution time, by the name that the model gives it"),
+        "num_batches": ("", "batches in which it took part"),
+        "execution_time": ("s", "its time in all of them"),
+        "share": ("", "share of the execution time of its stage, 0 to 1"),
     },
 }

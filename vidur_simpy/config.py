@@ -25,7 +25,7 @@ from vidur_simpy.replica_scheduler import REPLICA_SCHEDULERS
 from vidur_simpy.validation import field_names
 from vidur_simpy.workload import ARRIVALS, LENGTHS, WORKLOADS
 
-__all__ = ["dump_config", "load_config"]
+__all__ = ["dump_config", "load_config", "read_grid", "read_value", "with_settings"]
 
 # key of a mapping -> the names its "type" may have
 TABLES: dict[str, Mapping[str, type]] = {
@@ -39,6 +39,9 @@ TABLES: dict[str, Mapping[str, type]] = {
 
 # key of a mapping -> the one class it stands for
 PARTS: dict[str, type] = {"kv_cache": KVCache, "factors": RooflineFactors}
+
+# keys of files and folders
+PATHS = ("path", "network", "cpu_overheads")
 
 # The type of an object of the user's own, which no name stands for.
 PYTHON = "python"
@@ -141,7 +144,7 @@ def _override(mapping: dict[str, Any], override: str) -> None:
     place: dict[str, Any] = mapping
     for parent in parents:
         inner = place.get(parent)
-        if isinstance(inner, str) and parent in TABLES:
+        if isinstance(inner, str) and _key(parent, inner) in TABLES:
             inner = {"type": inner}
         if inner is None:
             inner = {}
@@ -167,8 +170,17 @@ def _arguments(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return arguments
 
 
+def _key(key: str, value: Any) -> str:
+    """Return the key that tells what a value is.
+
+    The base of a calibrated execution time is another one; that of a linear one is a number.
+    """
+    return "execution_time" if key == "base" and not isinstance(value, (int, float)) else key
+
+
 def _value(key: str, value: Any, place: str, folder: Path) -> Any:
     """Return what a key's value stands for: an object where the key has a table of names."""
+    key = _key(key, value)
     if isinstance(value, Mapping) and value.get("type") == PYTHON:
         raise ConfigError(
             f"{place} was the Python object {value.get('object')}, which a file cannot hold: pass "
@@ -186,9 +198,68 @@ def _value(key: str, value: Any, place: str, folder: Path) -> Any:
         return _build(TABLES[key][name], settings, place, folder)
     if key in PARTS and isinstance(value, Mapping):
         return _build(PARTS[key], value, place, folder)
-    if key == "path" or (key == "model" and str(value).endswith(".json")):
+    if key in PATHS or (key == "model" and str(value).endswith(".json")):
         return _found(value, folder)
     return value
+
+
+def read_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Return values by dotted name, as the command line writes them.
+
+    Examples
+    --------
+    >>> read_grid(["cluster.num_replicas=1,2", "cluster.replica_scheduler=vllm,{type: sarathi}"])
+    {'cluster.num_replicas': [1, 2], 'cluster.replica_scheduler': ['vllm', {'type': 'sarathi'}]}
+    """
+    grid = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        try:
+            grid[key] = yaml.load(f"[{values}]", _Loader)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not key:
+            raise ConfigError(
+                f"--grid {text!r}: expected key=value,value, as in cluster.num_replicas=1,2,4."
+            )
+    return grid
+
+
+def read_value(place: str, value: Any) -> Any:
+    """Return what the value at a dotted place of a configuration stands for.
+
+    An object stands for itself.
+
+    Raises
+    ------
+    VidurError
+        As :func:`load_config` raises it.
+
+    Examples
+    --------
+    >>> read_value("workload.arrivals", {"type": "poisson", "rate": 2.0})
+    Poisson(rate=2.0)
+    """
+    if place == "cluster" and isinstance(value, Mapping):
+        return _build(Cluster, value, place, Path())
+    return _value(place.rpartition(".")[2], value, place, Path())
+
+
+def with_settings(given: Any, settings: Mapping[str, Any], place: str) -> Any:
+    """Return a copy of an object with some settings changed, as a configuration writes them.
+
+    Raises
+    ------
+    VidurError
+        As :func:`load_config` raises it; `place` is how messages name the object.
+
+    Examples
+    --------
+    >>> with_settings(Cluster(), {"global_scheduler": "random"}, "cluster").global_scheduler
+    RandomRouting()
+    """
+    present = {name: getattr(given, name) for name in field_names(type(given))}
+    return _build(type(given), present | dict(settings), place, Path())
 
 
 def _build(cls: type, settings: Any, place: str, folder: Path) -> Any:
@@ -230,6 +301,7 @@ def dump_config(**arguments: Any) -> dict[str, Any]:
 
 
 def _plain(key: str, value: Any) -> Any:
+    key = _key(key, value)
     if key in TABLES:
         for name, cls in TABLES[key].items():
             if type(value) is cls:

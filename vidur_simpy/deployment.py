@@ -161,6 +161,13 @@ class Deployment:
         latent spaces are on every device.
         """
         model, tp = self.model, self.tensor_parallel_size
+        is_one_table = model.tied_embeddings or self.pipeline_parallel_size > 1
+        tables = (1 if is_one_table else 2) * model.embedding_parameters / tp
+        return round(self._layer_bytes() / self.pipeline_parallel_size + tables * BF16_BYTES)
+
+    def _layer_bytes(self, share_of_experts: float = 1.0) -> float:
+        """Weights of all layers on one device of each stage, with such a share of its experts."""
+        model, tp = self.model, self.tensor_parallel_size
         copies = 0 if model.kv_latent_size else self.kv_heads_per_device * tp - model.num_kv_heads
         split = model.attention_parameters - model.latent_parameters
         split += 2 * model.hidden_size * model.head_dim * copies
@@ -169,12 +176,10 @@ class Deployment:
         num_mixtures, expert = model.num_mixture_layers, model.expert_parameters
         shared = num_mixtures * model.num_shared_experts * expert / tp
         experts = num_mixtures * model.num_experts * expert / self.expert_devices
+        experts *= share_of_experts
         kept = num_mixtures * model.router_parameters + model.norm_parameters
         layers = (attention + plain + shared) * self.dense_precision.weight_bytes
-        layers += experts * self.precision.weight_bytes + kept * BF16_BYTES
-        is_one_table = model.tied_embeddings or self.pipeline_parallel_size > 1
-        tables = (1 if is_one_table else 2) * model.embedding_parameters / tp
-        return round(layers / self.pipeline_parallel_size + tables * BF16_BYTES)
+        return layers + experts * self.precision.weight_bytes + kept * BF16_BYTES
 
     @property
     def kv_bytes_per_value(self) -> int:
@@ -213,6 +218,34 @@ class Deployment:
         model = self.model
         matrices = 2 * num_tokens * model.active_parameters
         return matrices + model.attended_operations * attention_pairs
+
+    def bytes_read(self, num_batches: int, num_tokens: int, context_tokens: int) -> float:
+        """Return the bytes that batches read on all devices of the replica.
+
+        Each batch reads the weights once (LM head included, embedding lookup not) and the KV cache
+        of its requests once, as if every layer attended to all tokens. Of the ``E`` experts in a
+        layer it reads those that its tokens choose, ``k`` each and evenly: a share of ``1 - (1 - k
+        / E)**T``. All batches are taken to have the mean ``T`` tokens; if they differ, that is a
+        little too much.
+
+        Parameters
+        ----------
+        num_batches, num_tokens : int
+            Batches, and tokens computed in all of them.
+        context_tokens : int
+            Tokens in the KV cache, summed over the requests of each batch.
+        """
+        if not num_batches:
+            return 0.0
+        model, share = self.model, 1.0
+        if model.num_experts:
+            chosen = model.experts_per_token / model.num_experts
+            mean_tokens = num_tokens / num_batches * self.data_parallel_size
+            share = 1.0 - float((1.0 - chosen) ** mean_tokens)
+        weights = self.tensor_parallel_size * self._layer_bytes(share)
+        weights += model.embedding_parameters * BF16_BYTES
+        cache = self.kv_bytes_per_token_per_device * self.num_devices
+        return num_batches * weights + context_tokens * cache
 
     def working_bytes(self, max_num_batched_tokens: int = 2048) -> int:
         """Return the memory that one device keeps for activations and the runtime.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from math import nan
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isnan, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.columns import COLUMNS
@@ -13,6 +14,7 @@ from vidur_simpy.errors import ConfigError
 from vidur_simpy.execution_time.interface import HasOperators
 from vidur_simpy.kernel import Environment, EventType, TypedEvent
 from vidur_simpy.power import mean_power_w
+from vidur_simpy.record_columns import record_rows, recorded_columns
 
 if TYPE_CHECKING:
     from vidur_simpy.deployment import Deployment
@@ -124,43 +126,65 @@ def timeline_columns(replicas: Sequence[Replica]) -> dict[str, list[Any]]:
 
 
 class BatchLog:
-    """Observes batches: when each was formed and ended, with whom and how many tokens."""
+    """Observes batches: when each was formed and ended, with whom and how many tokens.
 
-    def __init__(self, env: Environment) -> None:
-        self._rows: dict[tuple[int, int], list[Any]] = {}
+    Parameters
+    ----------
+    env : Environment
+    directory : Path, optional
+        Of records, as for the other logs: where rows go as they come, else they stay in memory.
+    """
+
+    def __init__(self, env: Environment, directory: Path | None = None) -> None:
+        # Rows are kept in order of formation, so one that has ended waits for those before it.
+        self._ended_rows = record_rows("batches", directory)
+        self._waiting: deque[list[Any]] = deque()
+        self._under_way: dict[tuple[int, int], list[Any]] = {}
         env.subscribe(EventType.BATCH_STAGE_ARRIVAL, self._formed)
         env.subscribe(EventType.BATCH_END, self._ended)
+
+    def __len__(self) -> int:
+        return len(self._ended_rows) + len(self._waiting)
 
     def _formed(self, event: TypedEvent) -> None:
         batch: Batch = event._value
         if event.stage_id != 0:
             return
         requests = batch.requests()
-        self._rows[batch.replica_id, batch.batch_index] = [
+        row = [
             batch.replica_id,
             batch.batch_index,
             batch.scheduled_at,
-            float("nan"),
+            nan,
             [request.request_id for request, _ in requests],
             [num_tokens for _, num_tokens in requests],
             batch.num_prefill_tokens,
             batch.num_decodes,
         ]
+        self._under_way[batch.replica_id, batch.batch_index] = row
+        self._waiting.append(row)
 
     def _ended(self, event: TypedEvent) -> None:
         batch: Batch = event._value
-        self._rows[batch.replica_id, batch.batch_index][3] = event.env.now
+        self._under_way.pop((batch.replica_id, batch.batch_index))[3] = event.env.now
+        waiting = self._waiting
+        while waiting and not isnan(waiting[0][3]):
+            self._ended_rows.append(tuple(waiting.popleft()))
 
-    def columns(self) -> dict[str, list[Any]]:
+    def flush(self) -> None:
+        """Write the rows of batches that have ended, if rows go to files."""
+        self._ended_rows.flush()
+
+    def columns(self) -> Mapping[str, Any]:
         """Return the columns, in order of formation."""
-        return _columns("batches", self._rows.values())
+        return recorded_columns("batches", self._ended_rows, self._waiting)
 
 
 class StageLog:
     """Observes pipeline stages: a row for each batch on each stage."""
 
-    def __init__(self, env: Environment) -> None:
-        self._rows: list[tuple[Any, ...]] = []
+    def __init__(self, env: Environment, directory: Path | None = None) -> None:
+        self._rows = record_rows("stages", directory)
         env.subscribe(EventType.BATCH_STAGE_END, self._ended)
 
     def _ended(self, event: TypedEvent) -> None:
@@ -177,16 +201,23 @@ class StageLog:
             )
         )
 
-    def columns(self) -> dict[str, list[Any]]:
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def flush(self) -> None:
+        """Write all rows, if rows go to files."""
+        self._rows.flush()
+
+    def columns(self) -> Mapping[str, Any]:
         """Return the columns, in order of end."""
-        return _columns("stages", self._rows)
+        return recorded_columns("stages", self._rows)
 
 
 class EventLog:
     """Observes every typed event, in the order in which they are handled."""
 
-    def __init__(self, env: Environment) -> None:
-        self._rows: list[tuple[Any, ...]] = []
+    def __init__(self, env: Environment, directory: Path | None = None) -> None:
+        self._rows = record_rows("events", directory)
         for event_type in EventType:
             env.subscribe(event_type, self._happened)
 
@@ -203,16 +234,23 @@ class EventLog:
             )
         )
 
-    def columns(self) -> dict[str, list[Any]]:
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def flush(self) -> None:
+        """Write all rows, if rows go to files."""
+        self._rows.flush()
+
+    def columns(self) -> Mapping[str, Any]:
         """Return the columns."""
-        return _columns("events", self._rows)
+        return recorded_columns("events", self._rows)
 
 
 class TokenLog:
     """Observes output tokens: how many came with which latency since the one before."""
 
-    def __init__(self, env: Environment) -> None:
-        self._rows: list[tuple[Any, ...]] = []
+    def __init__(self, env: Environment, directory: Path | None = None) -> None:
+        self._rows = record_rows("tokens", directory)
         self._decoding: dict[tuple[int, int], list[Request]] = {}
         self._previous_at: dict[Request, float] = {}
         env.subscribe(EventType.BATCH_STAGE_ARRIVAL, self._formed)
@@ -239,9 +277,16 @@ class TokenLog:
         for latency, num_tokens in latencies.items():
             self._rows.append((now, batch.replica_id, latency, num_tokens))
 
-    def columns(self) -> dict[str, list[Any]]:
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def flush(self) -> None:
+        """Write all rows, if rows go to files."""
+        self._rows.flush()
+
+    def columns(self) -> Mapping[str, Any]:
         """Return the columns, in order of time."""
-        return _columns("tokens", self._rows)
+        return recorded_columns("tokens", self._rows)
 
 
 class OperatorLog:
@@ -256,7 +301,7 @@ class OperatorLog:
                 "record = 'operators': these execution times are not broken down by operator; "
                 "those that are have a method operators(batch, stage_id), as Roofline() has."
             )
-        self._operators = stage_time.operators
+        self._operators: Callable[[Batch, int], dict[str, float]] = stage_time.operators
         self._rows: dict[tuple[int, int, str, str], list[Any]] = {}
         env.subscribe(EventType.BATCH_STAGE_END, self._ended)
 
@@ -269,6 +314,12 @@ class OperatorLog:
             sums = self._rows.setdefault((batch.replica_id, stage_id, kind, operator), [0, 0.0])
             sums[0] += 1
             sums[1] += seconds
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def flush(self) -> None:
+        """Do nothing: sums change to the end, so they are no rows for files."""
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the columns, in order of first occurrence."""

@@ -41,6 +41,7 @@ from vidur_simpy.drawing import (
     unit_of,
 )
 from vidur_simpy.errors import ConfigError
+from vidur_simpy.operator_plot import operators
 from vidur_simpy.series import (
     distribution,
     distribution_steps,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
     from vidur_simpy.result import Result
 
-__all__ = ["cdf", "composition", "gantt", "quantiles", "timeline"]
+__all__ = ["cdf", "composition", "gantt", "operators", "quantiles", "timeline"]
 
 
 def cdf(

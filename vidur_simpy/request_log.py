@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vidur_simpy.entities import Request
+from vidur_simpy.record_columns import LazyColumns, Part, Parts, Rows, array, joined
 
-__all__ = ["RequestLog"]
+__all__ = ["RequestLog", "request_columns"]
 
 # column -> (type of its array, value that stands for None). Others hold any object.
 _COLUMNS: dict[str, tuple[str, Any]] = {
@@ -44,65 +46,61 @@ _OPTIONAL = {
     "refusal": "",
 }
 
-# Rows turned into arrays at a time.
-_ROWS_AT_A_TIME = 4_096
-
 
 class RequestLog:
-    """A row for each request that is complete or refused, some 80 bytes each."""
+    """A row for each request that is complete or refused, some 80 bytes each.
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-        self._parts: list[dict[str, NDArray[Any] | None]] = []
-        self._num_rows_in_parts = 0
+    Parameters
+    ----------
+    directory : Path, optional
+        Of records, where rows go as requests are done, else they stay in memory.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._rows = Rows(self._packed, None if directory is None else directory / "requests")
+        self._shown: set[str] = set()
 
     def __len__(self) -> int:
-        return self._num_rows_in_parts + len(self._rows)
+        return len(self._rows)
 
     def append(self, request: Request) -> None:
         """Keep what the tables need of a request that is done."""
         self._rows.append(_row(request))
-        if len(self._rows) == _ROWS_AT_A_TIME:
-            self._pack()
 
     def extend(self, others: Iterable[RequestLog]) -> None:
-        """Append the rows of other logs."""
+        """Append the rows of other logs, which are in memory."""
         for other in others:
-            other._pack()
-            self._parts += other._parts
-            self._num_rows_in_parts += len(other)
+            self._rows.extend(other._rows)
+            self._shown |= other._shown
 
-    def columns(self, unfinished: Iterable[Request]) -> dict[str, Any]:
-        """Return the columns, in order of request id, with the `unfinished` requests among them."""
-        self._pack()
+    def flush(self) -> None:
+        """Write all rows, if rows go to files."""
+        self._rows.flush()
+
+    def columns(self, unfinished: Iterable[Request]) -> Mapping[str, Any]:
+        """Return the columns, in order of request id, with the `unfinished` requests among them.
+
+        They are read lazily if some are in files.
+        """
         rest = [_row(request) for request in unfinished]
-        parts = [*self._parts, _packed(rest)] if rest else self._parts
-        if not parts:
-            left_out = {*_OPTIONAL, "num_output_tokens"} - {"refusal"}
-            return {name: [] for name in _COLUMNS if name not in left_out}
-        sizes = [len(part["request_id"]) for part in parts]  # type: ignore[arg-type]
-        table = {
-            name: np.concatenate(
-                [
-                    np.full(size, fill, kind) if part[name] is None else part[name]
-                    for part, size in zip(parts, sizes, strict=True)
-                ]
-            )
-            for name, (kind, fill) in _COLUMNS.items()
-            if name not in _OPTIONAL
-            or name == "refusal"
-            or any(part[name] is not None for part in parts)
-        }
-        if not _some_end_early(table):
-            del table["num_output_tokens"]
-        order = np.argsort(table["request_id"], kind="stable")
-        return {name: column[order] for name, column in table.items()}
+        parts = self._rows.parts(_packed(rest)) if rest else self._rows.parts()
+        shown = self._shown.union(*map(_shown, parts.held))
+        if not parts.files:
+            return _joined(shown, parts)
+        return LazyColumns(list(_kinds(shown)), partial(_joined, shown, parts))
 
-    def _pack(self) -> None:
-        if self._rows:
-            self._parts.append(_packed(self._rows))
-            self._num_rows_in_parts += len(self._rows)
-            self._rows = []
+    def _packed(self, rows: list[tuple[Any, ...]]) -> Part:
+        part = _packed(rows)
+        self._shown |= _shown(part)
+        return part
+
+
+def request_columns(parts: Parts) -> dict[str, Any]:
+    """Return the columns of requests that were read from files, in order of request id."""
+    shown = set[str]()
+    for part in parts:
+        shown |= _shown(part)
+    return _joined(shown, parts)
 
 
 def _row(request: Request) -> tuple[Any, ...]:
@@ -113,27 +111,39 @@ def _row(request: Request) -> tuple[Any, ...]:
     return (*row[:_EXECUTION_TIME], *times, *row[_EXECUTION_TIME + 2 :])
 
 
-def _packed(rows: list[tuple[Any, ...]]) -> dict[str, NDArray[Any] | None]:
+def _packed(rows: list[tuple[Any, ...]]) -> Part:
     """Turn rows into arrays; None stands for a column that says nothing."""
     cells = dict(zip(_COLUMNS, zip(*rows, strict=True), strict=True))
     for name, usual in _OPTIONAL.items():
         if all(cell == usual for cell in cells[name]):
             del cells[name]
     return {
-        name: _array(cells[name], kind, fill) if name in cells else None
+        name: array(cells[name], kind, fill) if name in cells else None
         for name, (kind, fill) in _COLUMNS.items()
     }
 
 
-def _some_end_early(table: dict[str, NDArray[Any]]) -> bool:
+def _shown(part: Part) -> set[str]:
+    """Return the columns that the table must have because of a part."""
+    shown = {name for name, column in part.items() if column is not None}
+    return shown if _some_end_early(part) else shown - {"num_output_tokens"}
+
+
+def _some_end_early(part: Part) -> bool:
     """Whether a completed request got fewer output tokens than it asked for."""
-    is_short = table["num_output_tokens"] < table["num_decode_tokens"]
-    return bool((is_short & ~np.isnan(table["completed_at"])).any())
+    numbers: dict[str, Any] = part
+    is_short = numbers["num_output_tokens"] < numbers["num_decode_tokens"]
+    return bool((is_short & ~np.isnan(numbers["completed_at"])).any())
 
 
-def _array(cells: tuple[Any, ...], kind: str, fill: Any) -> NDArray[Any]:
-    if kind == "object":
-        array = np.empty(len(cells), object)
-        array[:] = cells
-        return array
-    return np.array([fill if cell is None else cell for cell in cells], kind)
+def _joined(shown: set[str], parts: Parts) -> dict[str, Any]:
+    """Return the columns of all parts, in order of request id."""
+    table = joined(_kinds(shown), parts, {name: fill for name, (_, fill) in _COLUMNS.items()})
+    order = np.argsort(table["request_id"], kind="stable")
+    return {name: column[order] for name, column in table.items()}
+
+
+def _kinds(shown: set[str]) -> dict[str, str]:
+    """Return the types of the columns of a table: those `shown` and those that always are."""
+    sometimes = (_OPTIONAL.keys() - {"refusal"} | {"num_output_tokens"}) - shown
+    return {name: kind for name, (kind, _) in _COLUMNS.items() if name not in sometimes}

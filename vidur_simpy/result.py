@@ -12,11 +12,17 @@ import numpy as np
 
 from vidur_simpy import plots
 from vidur_simpy.columns import COLUMNS
+from vidur_simpy.economics import Economics
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
+from vidur_simpy.exports import Exports
+from vidur_simpy.record_columns import read_records, recorded_columns_of
+from vidur_simpy.request_log import request_columns
+from vidur_simpy.statistics import interval
 from vidur_simpy.storage import Columns, frame, read_result, write_result
 from vidur_simpy.summary import (
     as_html,
     as_text,
+    band,
     counts_text,
     figures,
     latencies,
@@ -28,7 +34,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["NotAvailableError", "Plot", "Result", "load_result"]
+__all__ = [
+    "NotAvailableError",
+    "Plot",
+    "Result",
+    "load_records",
+    "load_result",
+    "load_vllm_bench",
+]
 
 ALWAYS_RECORDED = ("requests", "replicas", "timeline")
 
@@ -59,7 +72,7 @@ class NotAvailableError(VidurError, AttributeError):
     """A table that was not recorded, or a plot that does not exist."""
 
 
-class Result:
+class Result(Exports, Economics):
     """What a simulation leaves behind.
 
     Parameters
@@ -152,7 +165,7 @@ class Result:
 
     @property
     def replicas(self) -> pd.DataFrame:
-        """A row per replica, over the whole run: utilisation, KV cache, MFU."""
+        """A row per replica, over the whole run: utilisation, KV cache, MFU, MBU, energy."""
         return self._table("replicas")
 
     @property
@@ -181,6 +194,11 @@ class Result:
         return self._table("tokens")
 
     @property
+    def operators(self) -> pd.DataFrame:
+        """Execution time by stage, kind of batch and operator, if ``record=("operators",)``."""
+        return self._table("operators")
+
+    @property
     def plot(self) -> Plot:
         """Figures: ``result.plot.cdf("ttft")`` draws `plots.cdf`, and so on."""
         return Plot(self)
@@ -207,8 +225,8 @@ class Result:
         ``makespan``: first arrival to last completion, in seconds.
         ``request_throughput``, ``output_token_throughput``, ``total_token_throughput``: completed
         requests, their output tokens, their prompt and output tokens, per second of makespan.
-        ``utilisation``, ``kv_cache_usage_mean``, ``mfu``: means over the replicas, 0 to 1, and
-        ``kv_cache_usage_peak`` the largest; over the whole run, also after `after`.
+        ``utilisation``, ``kv_cache_usage_mean``, ``mfu``, ``mbu``: means over the replicas, 0 to
+        1, and ``kv_cache_usage_peak`` the largest; over the whole run, also after `after`.
         """
         return figures(self)
 
@@ -267,19 +285,39 @@ class Result:
         shares["goodput"] = ratio(int(is_good.sum()), self.figures["makespan"])
         return pd.Series(shares, name="slo", dtype=np.float64)
 
+    def uncertainty(self) -> pd.DataFrame:
+        """Return the band of each latency, of a run by `simulate_with_uncertainty`.
+
+        Returns
+        -------
+        DataFrame
+            Rows by latency and statistic, such as ``("ttft", "p50")``; columns ``low``, ``value``
+            (as in `summary`) and ``high``, in seconds. The share of machines in the band is
+            ``info["uncertainty"]["level"]``.
+        """
+        if "uncertainty" not in self.info or "measured_from" in self.info:
+            raise NotAvailableError(
+                "there is no band of uncertainty, or it is that of the run with its warm-up: it "
+                "comes from simulate_with_uncertainty."
+            )
+        return band(self)
+
+    interval = interval
+
     def after(self, warm_up: float) -> Result:
         """Return the result without its warm-up.
 
         Requests count from their arrival, rows of the other tables from their instant
-        (``scheduled_at``, ``started_at``, ``time``). The ``replicas`` table is not split by time:
-        it, and the figures taken from it, stay those of the whole run.
+        (``scheduled_at``, ``started_at``, ``time``). The tables ``replicas`` and ``operators`` are
+        not split by time: they, and the figures taken from them, stay those of the whole run.
 
         Parameters
         ----------
         warm_up : float
             Instant in seconds; what happens at it or later is kept.
         """
-        tables: dict[str, Columns] = {"replicas": self.replicas}
+        undivided = [name for name in ("replicas", "operators") if name in self.tables]
+        tables: dict[str, Columns] = {name: self._table(name) for name in undivided}
         for name, instant in _INSTANTS.items():
             if name in self.tables:
                 table = self._table(name)
@@ -294,16 +332,20 @@ class Result:
         """Return the same as two html tables."""
         return as_html(self)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, table_format: str = "csv") -> None:
         """Write every table, the summary, the configuration and the information as files.
 
         Parameters
         ----------
         directory : path
             Made if needed; an earlier result in it is replaced, files of others are left alone.
+        table_format : str
+            ``"csv"`` or ``"parquet"``, smaller and faster, which needs pyarrow.
 
         Raises
         ------
+        ConfigError
+            If there is no such format, or pyarrow is not installed.
         VidurError
             If the directory holds something that is not a saved result, or cannot be written.
         """
@@ -314,6 +356,7 @@ class Result:
             figures=self.figures,
             config=self.config,
             info=self.info,
+            table_format=table_format,
         )
 
     def _table(self, name: str) -> pd.DataFrame:
@@ -363,6 +406,66 @@ def load_result(directory: str | os.PathLike[str]) -> Result:
     """
     tables, config, info = read_result(directory)
     return Result(tables, config=config, info=info)
+
+
+def load_records(directory: str | os.PathLike[str], table: str) -> pd.DataFrame:
+    """Return a table of a run with ``record_to=directory``, also of one that was killed.
+
+    Parameters
+    ----------
+    directory : path
+    table : str
+        ``"requests"`` or a table that was recorded. Of a killed run, its first rows: all but at
+        most the last 4,096 that were complete; of the requests, those that were done first.
+
+    Raises
+    ------
+    VidurError
+        If there are no such records, or they are damaged; the message names the file.
+    """
+    parts = read_records(directory, table)
+    if table == "requests":
+        return _with_latencies(frame(table, request_columns(parts)))
+    return frame(table, recorded_columns_of(table, parts))
+
+
+def load_vllm_bench(path: str | os.PathLike[str]) -> Result:
+    """Return what ``vllm bench serve`` measured as a result, to draw and compare like any other.
+
+    Parameters
+    ----------
+    path : path
+        What the tool saved with ``--save-result --save-detailed``, or `Result.to_vllm_bench`.
+
+    Returns
+    -------
+    Result
+        With the table ``tokens`` where the file has the times between tokens. The server is
+        replica 0, its clock starts with the first request; ``scheduled_at`` is NaN unless the
+        server said how long requests waited, failed requests are refused ones. The file's other
+        entries, such as ``duration`` in seconds, are ``info["benchmark"]``.
+
+    Raises
+    ------
+    TraceError
+        If there is no such file, it is no such result, or has no list per request.
+
+    Notes
+    -----
+    ``makespan``, and with it each throughput, is from the first arrival to the last completion;
+    the tool's ``duration`` may begin earlier.
+    """
+    from vidur_simpy.vllm_bench import read_vllm_bench
+
+    bench = read_vllm_bench(path)
+    tables = bench.tables()
+    end = tables["requests"]["completed_at"]
+    info = {
+        "simulated_time": float(np.nanmax(end, initial=0.0)),
+        "measured_by": "vllm bench serve",
+        "benchmark": bench.summary,
+    }
+    return Result(tables, config=None, info=info)
 
 
 def _with_latencies(requests: pd.DataFrame) -> pd.DataFrame:

@@ -19,6 +19,7 @@ __all__ = [
     "distribution",
     "distribution_steps",
     "load_of_requests",
+    "load_samples",
     "numbers",
     "round_window",
     "sampled_load",
@@ -102,10 +103,10 @@ def windowed_quantiles(
     return (table.index.to_numpy() + 0.5) * window, table.to_numpy().T
 
 
-def sampled_load(result: Result) -> pd.DataFrame:
-    """Return requests running and waiting on all replicas, and the mean share of KV cache in use.
+def load_samples(result: Result) -> pd.DataFrame:
+    """Return the samples of every replica, and one of nothing whenever a replica falls idle.
 
-    A row per instant at which any replica was sampled, the last sample of the others standing.
+    Columns ``time``, ``replica_id``, ``running``, ``waiting`` and ``usage``, in order of time.
     """
     import pandas as pd
 
@@ -114,8 +115,16 @@ def sampled_load(result: Result) -> pd.DataFrame:
     if "measured_from" not in result.info:  # else the requests before it are not known
         idle = _idle_instants(result.requests).assign(running=0, waiting=0, usage=0.0)
         samples = pd.concat([idle, samples])
-    samples = samples.sort_values("time", kind="stable", ignore_index=True)
-    levels = samples[list(names.values())].astype(np.float64)
+    return samples.sort_values("time", kind="stable", ignore_index=True)
+
+
+def sampled_load(result: Result) -> pd.DataFrame:
+    """Return requests running and waiting on all replicas, and the mean share of KV cache in use.
+
+    A row per instant at which any replica was sampled, the last sample of the others standing.
+    """
+    samples = load_samples(result)
+    levels = samples[["running", "waiting", "usage"]].astype(np.float64)
     changes = levels.groupby(samples["replica_id"]).diff().fillna(levels)
     load = changes.cumsum().clip(lower=0.0)  # a sum of changes may end at -1e-17
     load["usage"] /= max(1, len(result.replicas))
@@ -124,10 +133,16 @@ def sampled_load(result: Result) -> pd.DataFrame:
 
 
 def load_of_requests(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return requests waiting (arrival to first batch) and running (from there to the end)."""
+    """Return requests waiting (arrival to first batch) and running (from there to the end).
+
+    One whose first batch is not known, as in a measurement, counts as running from its arrival.
+    """
     import pandas as pd
 
     accepted = requests[requests["refusal"] == ""]
+    is_unknown = accepted["scheduled_at"].isna() & accepted["completed_at"].notna()
+    started_at = accepted["scheduled_at"].mask(is_unknown, accepted["arrived_at"])
+    accepted = accepted.assign(scheduled_at=started_at)
     moves = pd.concat(
         pd.DataFrame({"time": accepted[column].dropna(), "running": running, "waiting": waiting})
         for column, running, waiting in (

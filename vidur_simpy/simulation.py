@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterator
@@ -16,15 +17,12 @@ from vidur_simpy.config import dump_config
 from vidur_simpy.entities import Request
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
-from vidur_simpy.metrics import (
-    RECORDS,
-    RequestLog,
-    Timeline,
-    replica_columns,
-    timeline_columns,
-)
+from vidur_simpy.metrics import RECORDS, Timeline, replica_columns, timeline_columns
 from vidur_simpy.processes import Replica, Router, arrivals
+from vidur_simpy.record_columns import new_directory
+from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
+from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.workload import RequestArrays, Trace, Workload
 
 __all__ = ["Simulation", "simulate"]
@@ -52,7 +50,12 @@ class Simulation:
         Order of simultaneous events; see :class:`Environment`.
     record : collection of str
         Tables to keep besides the requests: ``"batches"``, ``"stages"``, ``"events"``,
-        ``"tokens"``.
+        ``"tokens"``, ``"operators"``.
+    record_to : path, optional
+        New or empty directory to which finished requests and recorded rows go as they come, so
+        that memory stays flat and a killed run keeps what it had written: see
+        :func:`load_records`. Needs pyarrow. Results read their tables from it when asked.
+        What is under way, and sums such as ``operators``, are in results only.
     progress : bool or None
         Show a progress bar; None shows one on a terminal or in a notebook when a run takes
         longer than two seconds.
@@ -89,6 +92,7 @@ class Simulation:
         seed: int = 0,
         event_order: EventOrder = "type",
         record: Collection[str] = (),
+        record_to: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> None:
         if not isinstance(cluster, Cluster):
@@ -103,8 +107,10 @@ class Simulation:
             name: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
             for index, name in enumerate(STREAMS)
         }
-        self._logs = {name: self._log(name) for name in _checked_record(record)}
-        self._request_log = RequestLog()
+        names = _checked_record(record)
+        self._record_to = None if record_to is None else new_directory(record_to)
+        self._logs = {name: self._log(name) for name in names}
+        self._request_log = RequestLog(self._record_to)
         self._live: dict[int, Request] = {}
         self._next_id = 0
         self._workload_ids: Container[int] = ()
@@ -121,7 +127,9 @@ class Simulation:
     # -- wiring ------------------------------------------------------------------------------
 
     def _log(self, name: str) -> Any:
-        return RECORDS[name](self.env)
+        if name == "operators":
+            return RECORDS[name](self.env, self.cluster.stage_time())
+        return RECORDS[name](self.env, self._record_to)
 
     def _make_replicas(self) -> list[Replica]:
         cluster = self.cluster
@@ -285,8 +293,15 @@ class Simulation:
         except KeyboardInterrupt:
             self._until = self.env.now
             raise
+        finally:
+            self._flush()
         self._until = None if until is None else self.env.now
         return value
+
+    def _flush(self) -> None:
+        """Write the rows that wait in memory for more, if rows go to files."""
+        for log in (self._request_log, *self._logs.values()):
+            log.flush()
 
     def _stuck(self) -> str:
         stuck = sorted(self._live)
@@ -361,7 +376,9 @@ def simulate(
     event_order: EventOrder = "type",
     until: float | None = None,
     record: Collection[str] = (),
+    record_to: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    shards: int = 1,
 ) -> Result:
     """Run a workload on a cluster and return the result.
 
@@ -369,7 +386,12 @@ def simulate(
     ----------
     until : float, optional
         Stop at this instant, in seconds, whatever is under way.
-    cluster, workload, seed, event_order, record, progress
+    shards : int
+        Cut the run into so many, some of the replicas each, which run at the same time on the
+        workers that ``joblib.parallel_config`` says, else on all cores. The tables are those of
+        the single run, to the last bit and row. The router must not look at replicas, which
+        ``round_robin`` and ``random`` do not.
+    cluster, workload, seed, event_order, record, record_to, progress
         See :class:`Simulation`.
 
     Raises
@@ -385,12 +407,30 @@ def simulate(
     >>> int(result.figures["completed"])
     100
     """
+    if shards != 1:
+        if record_to is not None:
+            raise ConfigError(
+                f"record_to = {record_to!r} with shards = {shards}: records of shards are put in "
+                "order at the end only; leave out one of the two."
+            )
+        return simulate_in_shards(
+            Simulation,
+            cluster,
+            workload,
+            shards,
+            seed=seed,
+            event_order=event_order,
+            until=until,
+            record=record,
+            progress=progress,
+        )
     simulation = Simulation(
         cluster,
         workload,
         seed=seed,
         event_order=event_order,
         record=record,
+        record_to=record_to,
         progress=progress,
     )
     simulation.run(until)

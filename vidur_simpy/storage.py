@@ -2,7 +2,7 @@
 
 A saved result is a directory of plain files::
 
-    requests.csv, replicas.csv, ...   a file per table; ``.csv.gz`` above 100,000 rows
+    requests.csv, replicas.csv, ...   a file per table; ``.csv.gz`` above 100,000 rows, or .parquet
     summary.csv                       latencies in seconds
     config.yaml                       what reproduces the run, where it is known
     info.json                         figures, seed, version, and the type of every column
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from vidur_simpy.columns import COLUMNS
-from vidur_simpy.errors import VidurError
+from vidur_simpy.errors import ConfigError, VidurError, unknown_name
+from vidur_simpy.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,14 +38,15 @@ Columns: TypeAlias = (
 FORMAT = "vidur_simpy result"
 FORMAT_VERSION = 1
 MANIFEST = "info.json"
+TABLE_FORMATS = ("csv", "parquet")
 MAX_PLAIN_ROWS = 100_000
 
 # Types of the contract's columns that are neither times (float64) nor counts (int64).
 _KINDS = {
     **dict.fromkeys(("utilisation", "kv_cache_usage", "mfu"), "float64"),
     **dict.fromkeys(("kv_cache_usage_mean", "kv_cache_usage_peak"), "float64"),
-    "prefix_cache_hit_rate": "float64",
-    **dict.fromkeys(("refusal", "event_type"), "str"),
+    **dict.fromkeys(("prefix_cache_hit_rate", "mbu", "tdp_w", "energy_kwh", "share"), "float64"),
+    **dict.fromkeys(("refusal", "event_type", "batch_kind", "operator"), "str"),
 }
 _KINDS_BY_TABLE = {
     "requests": {"replica_id": "Int64", "num_cached_tokens": "Int64"},
@@ -103,6 +105,7 @@ def write_result(
     figures: Mapping[str, float],
     config: Mapping[str, Any] | None,
     info: Mapping[str, Any],
+    table_format: str = "csv",
 ) -> None:
     """Write the files of a result, all of them or none.
 
@@ -114,13 +117,16 @@ def write_result(
     VidurError
         If the directory holds something that is not a saved result, or cannot be written.
     """
+    if table_format not in TABLE_FORMATS:
+        raise unknown_name("table_format", table_format, TABLE_FORMATS)
     target = Path(directory)
     stale = check_target(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
             aside = Path(name)
-            contents = {table: _write_table(aside, table, tables[table]) for table in tables}
+            write = _write_parquet if table_format == "parquet" else _write_csv
+            contents = {table: write(aside, table, tables[table]) for table in tables}
             summary.to_csv(aside / "summary.csv", index_label="metric", lineterminator="\n")
             _write_config(aside, config)
             files = sorted(path.name for path in aside.iterdir())
@@ -264,7 +270,13 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
     return manifest if needed <= manifest.keys() else None
 
 
-def _write_table(directory: Path, table: str, content: pd.DataFrame) -> dict[str, Any]:
+def _write_parquet(directory: Path, table: str, content: pd.DataFrame) -> dict[str, Any]:
+    kinds = {str(name): _kind_of(content[name]) for name in content.columns}
+    write_parquet(content, directory / f"{table}.parquet")
+    return {"file": f"{table}.parquet", "rows": len(content), "columns": kinds}
+
+
+def _write_csv(directory: Path, table: str, content: pd.DataFrame) -> dict[str, Any]:
     kinds = {str(name): _kind_of(content[name]) for name in content.columns}
     lists = {
         name: content[name].map(lambda row: " ".join(str(value) for value in row))
@@ -289,27 +301,34 @@ def _kind_of(series: pd.Series[Any]) -> str:
 
 
 def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFrame:
-    import pandas as pd
-
     try:
         kinds: dict[str, str] = content["columns"]
-        texts = {"list", "str"}
-        table_read = pd.read_csv(
-            path,
-            dtype={name: "str" if kind in texts else kind for name, kind in kinds.items()},
-            keep_default_na=False,
-            lineterminator="\n",  # a text may hold the others
-            na_values={name: [""] for name, kind in kinds.items() if kind not in texts},
-            **_exact_floats(),
-        )
+        table_read = read_parquet(path) if path.suffix == ".parquet" else _read_csv(path, kinds)
         if list(table_read.columns) != list(kinds) or len(table_read) != content["rows"]:
             raise ValueError(
                 f"expected {content['rows']} rows of {len(kinds)} columns, found "
                 f"{len(table_read)} rows of {len(table_read.columns)}"
             )
         return frame(table, {name: _series(kind, table_read[name]) for name, kind in kinds.items()})
+    except ConfigError:  # which is a ValueError: what reads Parquet is not installed
+        raise
     except _DAMAGE as error:
         raise VidurError(f"{str(path)!r} is damaged or missing: {error}.") from error
+
+
+def _read_csv(path: Path, kinds: Mapping[str, str]) -> pd.DataFrame:
+    import pandas as pd
+
+    texts = {"list", "str"}
+    table: pd.DataFrame = pd.read_csv(
+        path,
+        dtype={name: "str" if kind in texts else kind for name, kind in kinds.items()},
+        keep_default_na=False,
+        lineterminator="\n",  # a text may hold the others
+        na_values={name: [""] for name, kind in kinds.items() if kind not in texts},
+        **_exact_floats(),
+    )
+    return table
 
 
 def _exact_floats() -> dict[str, Any]:

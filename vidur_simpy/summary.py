@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 __all__ = [
     "as_html",
     "as_text",
+    "band",
     "counts_text",
     "digits",
     "figures",
+    "html_table",
     "latencies",
     "num_output_tokens",
     "ratio",
+    "weighted_quantiles",
 ]
 
 LATENCIES = ("ttft", "tpot", "e2e", "scheduling_delay")
@@ -39,6 +42,23 @@ def latencies(result: Result) -> pd.DataFrame:
         gaps = result.tokens["inter_token_latency"].to_numpy()
         rows["itl"] = _describe(gaps, result.tokens["num_tokens"].to_numpy())
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def band(result: Result) -> pd.DataFrame:
+    """Return the band of uncertainty, as `Result.uncertainty` describes it."""
+    import pandas as pd
+
+    low, high = (result.info["uncertainty"][end] for end in ("low", "high"))
+    summary = result.summary()
+    rows = {
+        (latency, name): (low[latency][name], summary.loc[latency, name], high[latency][name])
+        for latency in low
+        for name in low[latency]
+    }
+    columns = ["low", "value", "high"]
+    return pd.DataFrame.from_dict(rows, "index", np.float64, columns).set_axis(
+        pd.MultiIndex.from_tuples(rows, names=["latency", "statistic"])
+    )
 
 
 def figures(result: Result) -> dict[str, float]:
@@ -64,6 +84,7 @@ def figures(result: Result) -> dict[str, float]:
         "kv_cache_usage_mean": _mean(replicas, "kv_cache_usage_mean"),
         "kv_cache_usage_peak": _max(replicas, "kv_cache_usage_peak"),
         "mfu": _mean(replicas, "mfu"),
+        "mbu": _mean(replicas, "mbu"),
     }
 
 
@@ -90,7 +111,7 @@ def as_text(result: Result) -> str:
 def as_html(result: Result) -> str:
     """Return the summary and the figures as two html tables."""
     header, *rows = _latency_cells(result)
-    return _html_table(rows, header) + _html_table(_scalars(result))
+    return html_table(rows, header) + html_table(_scalars(result))
 
 
 def counts_text(figures: Mapping[str, float]) -> str:
@@ -112,12 +133,12 @@ def _describe(
         return dict.fromkeys(("mean", "std", *QUANTILES), math.nan) | {"count": 0}
     mean = np.average(values, weights=counts)
     std = math.sqrt(np.average((values - mean) ** 2, weights=counts))
-    quantiles = _quantiles(values, counts, np.array(list(QUANTILES.values())))
+    quantiles = weighted_quantiles(values, counts, np.array(list(QUANTILES.values())))
     described = dict(zip(QUANTILES, quantiles.tolist(), strict=True))
     return {"mean": float(mean), "std": std} | described | {"count": int(counts.sum())}
 
 
-def _quantiles(
+def weighted_quantiles(
     values: NDArray[np.float64], counts: NDArray[np.int64], shares: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return ``np.quantile(np.repeat(values, counts), shares)`` without repeating."""
@@ -157,6 +178,7 @@ def _scalars(result: Result) -> list[tuple[str, str]]:
     if "measured_from" in result.info:
         rows.append(("arrived from", f"{digits(result.info['measured_from'])} s on"))
     peak = f"{_percent(figures['kv_cache_usage_peak'])} peak"
+    mbu = [("MBU", _percent(figures["mbu"]))] if not math.isnan(figures["mbu"]) else []
     return [
         *rows,
         ("makespan", f"{digits(figures['makespan'])} s"),
@@ -167,6 +189,7 @@ def _scalars(result: Result) -> list[tuple[str, str]]:
         ("utilisation", _percent(figures["utilisation"])),
         ("KV-cache usage", f"{_percent(figures['kv_cache_usage_mean'])} mean, {peak}"),
         ("MFU", _percent(figures["mfu"])),
+        *mbu,
     ]
 
 
@@ -192,7 +215,8 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
 
 
-def _html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Return an html table whose rows begin with their name; every cell is escaped."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr><th>{html.escape(name)}</th>"

@@ -34,11 +34,12 @@ class AIConfigurator:
     """Stage times from the kernels that NVIDIA measured, as published in aiconfigurator-core 0.12.
 
     Needs ``pip install 'vidur-simpy[aiconfigurator]'`` (Linux on x86-64). The package composes
-    iterations from measured kernels (:mod:`vidur_simpy.execution_time.kernel_database`); they are
-    tabulated once per system, backend, model, split and precision, in about two seconds, and kept
-    on disk (``$VIDUR_SIMPY_CACHE``, or the user's cache directory). What was not measured at that
-    size the package extrapolates, without a word; beyond `max_num_seqs` and `max_context` there is
-    a ProfileError.
+    iterations from measured kernels; they are tabulated once per system, backend, model, split and
+    precision, in two to four seconds, and kept on disk (``$VIDUR_SIMPY_CACHE``, or the user's cache
+    directory). Tables are 0.01 to 0.6 % off the package on average for batches of equal sequences,
+    0.5 to 1.4 % for others (``tests/benchmarks/aiconfigurator_accuracy.py``). What was not measured
+    at that size the package extrapolates, without a word; beyond `max_num_seqs` and `max_context`
+    there is a ProfileError.
 
     A batch takes: all but attention at its number of tokens; attention of its decodes at their
     mean context; attention of its chunks at their mean length, after the prefix at which equal
@@ -59,7 +60,9 @@ class AIConfigurator:
         deployment's: ``bfloat16``, ``fp8`` (scales found at run time; checkpoints may bring them,
         ``fp8_static``, or one per block of weights, ``fp8_block``), ``sq`` for int8, ``int4_wo``.
     cpu_overhead : float
-        Seconds of CPU time per iteration, spent in the first stage, as of :class:`Roofline`.
+        Seconds of CPU time per iteration, spent in the first stage. 108 vLLM servers that NVIDIA
+        measured took 1.35 ms and 31 us for each sequence
+        (``tests/benchmarks/nvidia_rows.py --fit``).
     max_num_seqs, max_context : int
         The largest batch, in sequences, and the longest context and chunk that tables hold.
     grid : {"fine", "coarse"}
