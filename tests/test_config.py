@@ -38,6 +38,7 @@ EXAMPLES = {
         vs.Linear(base=1e-5, per_token=2.5e-7, per_context_token=1 / 3),
         vs.Roofline(cpu_overhead=0.0),
         vs.Roofline(factors="hopper"),
+        vs.Calibrated(base=vs.Roofline(cpu_overhead=0.0), overhead=1e-3, context_scale=1.25),
         vs.Roofline(factors=replace(RooflineFactors.from_name("a100"), name="my fit")),
     ],
     "arrivals": [
@@ -163,7 +164,8 @@ def test_a_workload_goes_through_yaml(workload):
 def test_no_class_of_the_tables_is_forgotten():
     """What needs settings has an example above, so that every name has gone through YAML."""
     for key, table in TABLES.items():
-        shown = {type(part) for part in [*with_defaults(key), *EXAMPLES[key]]} | {vs.Workload}
+        shown = {type(part) for part in [*with_defaults(key), *EXAMPLES[key]]}
+        shown |= {vs.Workload, vs.Profile}  # a profile reads its tables: see test_profile
         assert shown >= set(table.values()), key
 
 

@@ -449,7 +449,7 @@ TEXTS = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs
 INSTANTS = st.floats(0, 1e9)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @example([(0.0, 0.0, "one\rother\r\nlast", True)])
 @given(st.lists(st.tuples(INSTANTS, st.floats(), TEXTS, st.booleans()), min_size=1, max_size=5))
 def test_values_survive_exactly(tmp_path_factory, rows):

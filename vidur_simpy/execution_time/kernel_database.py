@@ -275,9 +275,10 @@ def compiled(request: Request) -> Engine:
             Path(folder, "config.json").write_text(json.dumps(request.config), encoding="utf-8")
             version = {"backend_version": request.backend_version}
             settings = {**request.settings, **version}
-            engine = EngineHandle.compile(folder, request.system, request.backend, **settings)
-            engine.predict_decode_latency(1, 1)
-            engine.predict_prefill_latency(1, 16, 0)
+            handle = EngineHandle.compile(folder, request.system, request.backend, **settings)
+            handle.predict_decode_latency(1, 1)
+            handle.predict_prefill_latency(1, 16, 0)
+    engine: Engine = handle
     return engine
 
 
