@@ -327,11 +327,13 @@ def _spread(means: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[flo
     count = len(means)
     if count < 2:
         return math.inf, 0.0, count
+    if means.min() == means.max():
+        return 0.0, 0.0, count
     shares = sizes / sizes.sum()
     deviations = means - (shares * means).sum()
     variance = float(((shares * deviations) ** 2).sum()) * count / (count - 1)
     skewness = 0.0
-    if count >= MIN_BATCHES and variance > 0:
+    if count >= MIN_BATCHES:
         cubes = float((deviations**3).mean()) * count**2 / ((count - 1) * (count - 2))
         skewness = cubes / float(deviations.std(ddof=1)) ** 3
         skewness = max(-MAX_SKEWNESS, min(skewness, MAX_SKEWNESS))

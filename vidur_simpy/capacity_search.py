@@ -1,0 +1,358 @@
+"""The highest arrival rate at which a cluster meets an SLO, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from vidur_simpy import search_plots
+from vidur_simpy.errors import ConfigError
+from vidur_simpy.scaling import is_random, mean_rate, with_rate
+from vidur_simpy.search import replication_seeds
+from vidur_simpy.slo import Slo, read_slo
+from vidur_simpy.summary import digits
+from vidur_simpy.trials import Trial, columns_of, try_out
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from vidur_simpy.cluster import Cluster
+    from vidur_simpy.workload import Trace, Workload
+
+__all__ = ["Capacity", "capacity"]
+
+Answer = Literal["found", "cannot tell", "every rate", "no rate"]
+
+# Requests arrive at once for what they can tell, if the last one comes this early in the run.
+AT_ONCE = 0.05
+# Requests are alone for what they can tell, if so few are in the system on average.
+ALONE = 0.05
+# Rates are powers of two of the workload's own, of at most this exponent.
+MAX_EXPONENT = 40
+# A run is too short if the cluster completes this much less than what arrives.
+OVERLOADED = 0.8
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Capacity:
+    """The highest arrival rate that meets an SLO.
+
+    Attributes
+    ----------
+    rate : float
+        Requests per second: where the estimates cross the limit. 0 if no rate meets the SLO,
+        infinite if every rate does.
+    low, high : float
+        The highest rate that surely meets the SLO and the lowest one that surely misses it: there
+        the whole interval lies on one side of the limit.
+    answer : {"found", "cannot tell", "every rate", "no rate"}
+        ``cannot tell`` if `low` and `high` are further apart than was asked for.
+    curve : DataFrame
+        The rates that were tried, in order: ``rate``; ``verdict``; ``num_runs``; for each limit as
+        ``ttft_p99`` its estimate in seconds, ``ttft_p99_low`` and ``ttft_p99_high``; ``fraction``
+        where that was required, the share of requests within all limits, with
+        ``fraction_ratio`` and its ends, the ratio of latency to limit that has to be 1 at most;
+        ``request_throughput``, ``output_token_throughput`` and ``utilisation``.
+    slo : Slo
+    notes : tuple of str
+        What limits the answer.
+    num_runs : int
+        Simulations made.
+    """
+
+    rate: float
+    low: float
+    high: float
+    answer: Answer
+    curve: pd.DataFrame
+    slo: Slo
+    notes: tuple[str, ...]
+    num_runs: int
+
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"<Capacity under {self.slo!r}: {self._said()}; {self.num_runs} runs{notes}>"
+
+    def _said(self) -> str:
+        if self.answer == "every rate":
+            return "every rate meets it"
+        if self.answer == "no rate":
+            return "no rate meets it"
+        if not (self.low > 0 and self.high < math.inf):
+            return "cannot tell whether any rate, or which, meets it"
+        bounds = f"surely met at {digits(self.low)}, surely missed at {digits(self.high)}"
+        if self.answer == "found":
+            return f"{digits(self.rate)} requests/s, {bounds}"
+        return f"about {digits(self.rate)} requests/s, {bounds}, cannot tell closer"
+
+    def plot(self, ax: Axes | None = None, *, requirement: str | None = None) -> Axes:
+        """Draw what was tried: latency over rate with its intervals, the limit and the answer.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+        requirement : str, optional
+            Draw this limit, as ``"ttft:p99"``; by default the one that is closest at the answer.
+
+        Raises
+        ------
+        ConfigError
+            If the SLO has no such limit.
+        """
+        return search_plots.capacity_curve(self, ax, requirement=requirement)
+
+
+def capacity(
+    cluster: Cluster,
+    workload: Workload | Trace,
+    slo: Slo | Mapping[str, float] | Sequence[str],
+    *,
+    tolerance: float = 0.05,
+    confidence: float = 0.95,
+    max_replications: int = 32,
+    seed: int = 0,
+    jobs: int | None = None,
+) -> Capacity:
+    """Find the highest arrival rate at which a cluster meets an SLO.
+
+    The rate is doubled or halved until the SLO is surely missed and surely met, and then bisected.
+    At each rate the same requests run (see :func:`~vidur_simpy.scaling.with_rate`), first
+    with two seeds and then with twice as many, until the whole confidence interval lies on one
+    side of the limit; all runs so far count. Where `max_replications` do not settle it, the search
+    goes on beside that rate and ends when nothing closer can be told.
+
+    Parameters
+    ----------
+    cluster : Cluster
+    workload : Workload or Trace
+        What arrives; its rate is where the search starts. Few requests make short runs that
+        cannot be overloaded; a note says so. A `Trace` is no random sample: it runs once at each
+        rate.
+    slo : Slo, mapping or sequence of str
+        As `Slo`, ``{"ttft:p99": 2.0}`` or ``["ttft:p99=2"]``.
+    tolerance : float
+        How far the rates that surely meet and surely miss may be apart, relative to the lower.
+    confidence : float
+        Of the interval at each rate.
+    max_replications : int
+        Runs at one rate.
+    seed : int
+        Of the first replication, see :func:`~vidur_simpy.search.replication_seeds`.
+    jobs : int, optional
+        Workers, -1 for one per core; None leaves it to ``joblib.parallel_config``. The answer is
+        the same for any number.
+
+    Returns
+    -------
+    Capacity
+
+    Raises
+    ------
+    ConfigError
+        If the SLO or a setting is unusable, or the workload has no rate.
+
+    Notes
+    -----
+    Each rate is looked at more than once and the SLO may have several limits, so that the chance
+    that a rate is wrongly said to meet or to miss is somewhat above ``(1 - confidence) / 2``.
+
+    Examples
+    --------
+    >>> import vidur_simpy as vs
+    >>> cluster = vs.Cluster(execution_time=vs.Linear())
+    >>> workload = vs.Workload(vs.Poisson(8.0), vs.FixedLengths(512, 16), num_requests=500)
+    >>> found = capacity(cluster, workload, {"ttft:p90": 0.1}, tolerance=0.2)
+    >>> found.answer, 40 < found.low < found.rate < found.high < 70
+    ('found', True)
+    """
+    limits = read_slo(slo)
+    _check(tolerance, confidence, max_replications)
+    if not is_random(workload):
+        max_replications = 1
+    seeds = replication_seeds(seed, max_replications)
+    own_rate = mean_rate(workload, seed)
+
+    def trial_at(exponent: float) -> Trial:
+        at_rate = with_rate(workload, own_rate * 2.0**exponent, seed=seed)
+        return try_out(cluster, at_rate, limits, seeds, confidence=confidence, jobs=jobs)
+
+    walk = _Walk(trial_at, math.log2(1 + tolerance))
+    walk.bracket()
+    walk.bisect()
+    return walk.capacity(own_rate, limits)
+
+
+@dataclass
+class _Walk:
+    """The rates that were tried, as exponents of two, and where to go next."""
+
+    trial_at: Callable[[float], Trial]
+    width: float
+    trials: dict[float, Trial] = field(default_factory=dict)
+
+    def visit(self, exponent: float) -> Trial:
+        """Try a rate, unless that was done."""
+        if exponent not in self.trials:
+            self.trials[exponent] = self.trial_at(exponent)
+        return self.trials[exponent]
+
+    @property
+    def low(self) -> float:
+        """The highest rate that surely meets, below all that surely miss; or minus infinity."""
+        high = self.high
+        meets = (e for e, trial in self.trials.items() if trial.verdict == "meets" and e < high)
+        return max(meets, default=-math.inf)
+
+    @property
+    def high(self) -> float:
+        """The lowest rate that surely misses, or infinity."""
+        misses = (e for e, trial in self.trials.items() if trial.verdict == "misses")
+        return min(misses, default=math.inf)
+
+    def bracket(self) -> None:
+        """Double and halve the rate until one surely misses and one surely meets."""
+        exponent = 0.0
+        while self.high == math.inf and abs(exponent) <= MAX_EXPONENT:
+            trial = self.visit(exponent)
+            if trial.verdict != "misses" and trial.figure("arrival_share") < AT_ONCE:
+                break
+            exponent += 1
+        exponent = min(0.0, self.high - 1)
+        while self.low == -math.inf and abs(exponent) <= MAX_EXPONENT:
+            trial = self.visit(exponent)
+            if trial.verdict != "meets" and trial.figure("mean_in_system") < ALONE:
+                break
+            exponent -= 1
+
+    def bisect(self) -> None:
+        """Try rates in the middle of the widest gap until they are close enough."""
+        while math.isfinite(self.low) and math.isfinite(self.high):
+            low, high = self.low, self.high
+            if high - low <= self.width:
+                return
+            unclear = [exponent for exponent in self.trials if low < exponent < high]
+            # A rate that cannot be told splits the gap: what is sure can still come closer to it.
+            ends = [(low, high)]
+            if unclear:
+                ends = [(low, min(unclear)), (max(unclear), high)]
+            start, end = max(ends, key=lambda gap: gap[1] - gap[0])
+            if unclear and end - start <= self.width / 2:
+                return
+            self.visit((start + end) / 2)
+
+    def crossing(self) -> float:
+        """Return where the greatest ratio of a latency to its limit crosses 1, as an exponent."""
+        low, high = self.low, self.high
+        ratio = {
+            exponent: trial.worst
+            for exponent, trial in sorted(self.trials.items())
+            if low <= exponent <= high
+        }
+        # The ends are surely below and above; between them, the last estimate below counts.
+        passed = [each for each in ratio if each == low or (ratio[each] <= 1 and each != high)]
+        below = max(passed, default=-math.inf)
+        above = min((each for each in ratio if each > below), default=math.inf)
+        if not (math.isfinite(below) and math.isfinite(above)):
+            return below
+        lower, upper = math.log(max(ratio[below], 1e-9)), math.log(max(ratio[above], 1e-9))
+        if not lower < 0 < upper < math.inf:
+            return below
+        return below + (above - below) * -lower / (upper - lower)
+
+    def answer(self) -> Answer:
+        """Return what is known."""
+        first, last = self.trials[min(self.trials)], self.trials[max(self.trials)]
+        if self.high - self.low <= self.width:
+            return "found"
+        if self.low == -math.inf and first.verdict == "misses":
+            return "no rate"
+        # Requests that arrive at once are one sample, but nothing faster can come.
+        is_met = last.verdict == "meets" or all(each.attainment == 1 for each in last.assessments)
+        return "every rate" if self.high == math.inf and is_met else "cannot tell"
+
+    def capacity(self, own_rate: float, slo: Slo) -> Capacity:
+        """Return the answer and what it rests on."""
+        answer = self.answer()
+        extremes = {"every rate": math.inf, "no rate": 0.0}
+        return Capacity(
+            rate=extremes.get(answer, own_rate * 2.0 ** self.crossing()),
+            low=own_rate * 2.0**self.low,
+            high=own_rate * 2.0**self.high,
+            answer=answer,
+            curve=_curve(self.trials, own_rate),
+            slo=slo,
+            notes=self.notes(answer),
+            num_runs=sum(len(trial.observations) for trial in self.trials.values()),
+        )
+
+    def notes(self, answer: Answer) -> tuple[str, ...]:
+        """Return what limits the answer."""
+        if answer == "every rate":
+            return ("even when all requests arrive at once; use more requests or a stricter SLO",)
+        trial = self.trials[self.low if self.low > -math.inf else min(self.trials)]
+        notes = [_refused(trial)] if trial.figure("refused") else []
+        if answer == "no rate":
+            return (*notes, _at_least(trial))
+        if self.low > -math.inf:
+            notes += [note for each in trial.assessments for note in each.ratio.notes]
+            if any(each.grows for each in trial.assessments):
+                notes.append("latencies still grow when a run ends: use more requests")
+            if trial.figure("arrival_share") < OVERLOADED:
+                throughput = digits(trial.figure("request_throughput"))
+                notes.append(
+                    f"runs are too short to overload the cluster, which completes {throughput} "
+                    "requests/s: use more requests"
+                )
+        if answer == "cannot tell":
+            unclear = [each for each in self.trials.values() if each.verdict == "cannot tell"]
+            few = {note for each in unclear for one in each.assessments for note in one.ratio.notes}
+            notes += [*sorted(few)[:1], "use more requests or max_replications"]
+        return tuple(dict.fromkeys(notes))
+
+
+def _refused(trial: Trial) -> str:
+    share = trial.figure("refused") / trial.figure("num_requests")
+    return f"{share:.2%} of the requests are refused, at any rate"
+
+
+def _at_least(trial: Trial) -> str:
+    """Return which latency is too long however few requests arrive."""
+    worst = max(trial.assessments, key=lambda each: each.ratio.estimate)
+    requirement, ratio = worst.requirement, worst.ratio.estimate
+    if not math.isfinite(ratio):
+        return f"even when requests are alone, some never meet {requirement}"
+    unit = " times the limit" if requirement.name == "fraction" else " s"
+    got = digits(ratio * requirement.scale) + unit
+    return f"even when requests are alone, {requirement.name} is {got}"
+
+
+def _curve(trials: Mapping[float, Trial], own_rate: float) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for exponent, trial in sorted(trials.items()):
+        row: dict[str, Any] = {
+            "rate": own_rate * 2.0**exponent,
+            "verdict": trial.verdict,
+            "num_runs": len(trial.observations),
+        }
+        for each in trial.assessments:
+            row |= columns_of(each)
+        for name in ("request_throughput", "output_token_throughput", "utilisation"):
+            row[name] = trial.figure(name)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _check(tolerance: float, confidence: float, max_replications: int) -> None:
+    for name, value in (("tolerance", tolerance), ("confidence", confidence)):
+        if not (isinstance(value, int | float) and 0 < value < 1):
+            raise ConfigError(f"capacity(): {name} = {value!r}: expected a number from 0 to 1.")
+    is_whole = isinstance(max_replications, int) and not isinstance(max_replications, bool)
+    if not (is_whole and max_replications >= 1):
+        raise ConfigError(
+            f"capacity(): max_replications = {max_replications!r}: expected an integer >= 1."
+        )

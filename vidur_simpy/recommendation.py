@@ -1,0 +1,304 @@
+"""Which configuration to take: the cheapest, fastest or thriftiest that meets an SLO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vidur_simpy.candidates import Candidates
+from vidur_simpy.errors import ConfigError, VidurError, unknown_name
+from vidur_simpy.fronts import pareto
+from vidur_simpy.hardware import Device
+from vidur_simpy.intervals import Interval
+from vidur_simpy.scaling import is_random
+from vidur_simpy.search import Grid, Point, points_of, replication_seeds
+from vidur_simpy.search_plots import plot_front
+from vidur_simpy.slo import Slo, read_slo
+from vidur_simpy.summary import LATENCIES, QUANTILES, digits
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from vidur_simpy.cluster import Cluster
+    from vidur_simpy.workload import Trace, Workload
+
+__all__ = ["Recommendation", "recommend"]
+
+Method = Literal["auto", "grid", "halving"]
+METHODS = ("auto", "grid", "halving")
+
+# Columns of the table by which an objective may be called.
+OBJECTIVES = {
+    "cost": "cost_per_million_tokens",
+    "energy": "kwh_per_million_tokens",
+    "throughput": "output_token_throughput",
+}
+# Grids with more points are searched by halving.
+MAX_GRID = 64
+SCALARS = (
+    "makespan",
+    "request_throughput",
+    "output_token_throughput",
+    "total_token_throughput",
+    "utilisation",
+    "mfu",
+    "num_devices",
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recommendation:
+    """The best configuration that meets an SLO, and all that were looked at.
+
+    Attributes
+    ----------
+    best : int or None
+        Row of `table`; None if no configuration may meet the SLO.
+    table : DataFrame
+        A row per configuration of the grid, in its order: a column for each setting;
+        ``num_devices``; ``verdict``, ``meets`` or ``misses`` the SLO or ``cannot tell``, empty
+        where it was not run in full; ``num_runs``; the limits of the SLO as in `Capacity.curve`;
+        means over the runs of the figures of :func:`~vidur_simpy.search.figures_of`;
+        ``cost_per_hour`` and ``cost_per_million_tokens`` in the currency of the price (of prompt
+        and output tokens together), ``kwh_per_million_tokens`` where the power of the
+        device is known; ``error``, empty where there is none.
+    points : list of Point
+        The configurations, each with its `cluster` and `workload`.
+    objective : str
+        Column that is best.
+    lead : Interval or None
+        By how much the runner-up is worse, over the same seeds; None if there is none.
+    runner_up : int or None
+    slo : Slo
+    notes : tuple of str
+        What limits the answer.
+    num_runs : int
+        Simulations made.
+    """
+
+    best: int | None
+    table: pd.DataFrame
+    points: list[Point]
+    objective: str
+    lead: Interval | None
+    runner_up: int | None
+    slo: Slo
+    notes: tuple[str, ...]
+    num_runs: int
+
+    @property
+    def cluster(self) -> Cluster:
+        """The best cluster.
+
+        Raises
+        ------
+        VidurError
+            If no configuration may meet the SLO.
+        """
+        if self.best is None:
+            raise VidurError(f"no configuration: {'; '.join(self.notes)}.")
+        return self.points[self.best].cluster
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the grid sets in the best configuration."""
+        return {} if self.best is None else dict(self.points[self.best].settings)
+
+    def __repr__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        runs = f"{self.num_runs} runs of {len(self.table)} configurations"
+        if self.best is None:
+            return f"<Recommendation under {self.slo!r}: none; {runs}{notes}>"
+        value = digits(float(self.table[self.objective].iloc[self.best]))
+        settings = ", ".join(f"{name}={_told(value)}" for name, value in self.settings.items())
+        return (
+            f"<Recommendation under {self.slo!r}: {settings or 'as given'}, {self.objective} "
+            f"{value}; {runs}{notes}>"
+        )
+
+    def pareto(self, x: str, y: str, *, maximise: Sequence[str] = ()) -> pd.DataFrame:
+        """Return the configurations that meet the SLO and that none of them beats.
+
+        See :func:`~vidur_simpy.pareto`.
+        """
+        return pareto(self.table[self.table["verdict"] == "meets"], x, y, maximise=maximise)
+
+    def plot(
+        self, x: str | None = None, y: str = "ttft_p99", ax: Axes | None = None, **options: Any
+    ) -> Axes:
+        """Draw the configurations that were run in full, and the front of those that meet the SLO.
+
+        Parameters
+        ----------
+        x, y : str
+            Columns of `table`; x is the objective if None.
+        ax : Axes, optional
+        **options
+            As :func:`~vidur_simpy.search_plots.plot_front` takes them.
+        """
+        shown = self.table[self.table["verdict"] != ""]
+        meets = (shown["verdict"] == "meets").to_list()
+        options = {"by": "verdict", "eligible": meets} | options
+        return plot_front(shown, x or self.objective, y, ax, **options)
+
+
+def recommend(
+    cluster: Cluster,
+    workload: Workload | Trace,
+    slo: Slo | Mapping[str, float] | Sequence[str],
+    grid: Grid,
+    *,
+    objective: str = "cost",
+    price_per_gpu_hour: float | Mapping[str, float] | None = None,
+    method: Method = "auto",
+    confidence: float = 0.95,
+    max_replications: int = 8,
+    seed: int = 0,
+    jobs: int | None = None,
+) -> Recommendation:
+    """Find the configuration that serves a workload best while it meets an SLO.
+
+    All configurations get the same requests. Each runs with more and more seeds until its
+    confidence intervals say whether it meets the SLO; then the best of those that surely do, and
+    the runner-up, run with all seeds, so that their difference is told with its interval.
+
+    Parameters
+    ----------
+    cluster, workload
+        What the settings of the grid are applied to.
+    slo : Slo, mapping or sequence of str
+        As `Slo`, ``{"ttft:p99": 2.0}`` or ``["ttft:p99=2"]``.
+    grid : mapping of str to iterable, or iterable of mappings
+        As :func:`~vidur_simpy.sweep` takes it.
+    objective : str
+        ``"cost"`` (needs a price), ``"energy"``, ``"throughput"``, a latency such as
+        ``"ttft:p99"``, or another column of the table. Less is better, but more throughput,
+        utilisation, MFU, MBU or goodput.
+    price_per_gpu_hour : float or mapping of str to float, optional
+        One price, or one for each device of the grid by its name, in any currency.
+    method : {"auto", "grid", "halving"}
+        Run all in full, or first all with few requests and ever fewer with more of them. "auto"
+        halves grids of more than 64 points.
+    confidence, max_replications, seed, jobs
+        As :func:`~vidur_simpy.capacity` takes them.
+
+    Returns
+    -------
+    Recommendation
+
+    Raises
+    ------
+    ConfigError
+        If the grid is empty or names what does not exist, or another argument is unusable; if not
+        one point makes a cluster.
+
+    Examples
+    --------
+    >>> import vidur_simpy as vs
+    >>> workload = vs.Workload(vs.Poisson(20.0), vs.FixedLengths(512, 16), num_requests=400)
+    >>> advice = recommend(
+    ...     vs.Cluster(execution_time=vs.Linear(base=0.02)),
+    ...     workload,
+    ...     {"ttft:p90": 0.08},
+    ...     {"cluster.num_replicas": [1, 2, 4]},
+    ...     price_per_gpu_hour=3.0,
+    ... )
+    >>> advice.table[["cluster.num_replicas", "verdict", "cost_per_hour"]]
+       cluster.num_replicas verdict  cost_per_hour
+    0                     1  misses            3.0
+    1                     2   meets            6.0
+    2                     4   meets           12.0
+    >>> advice.cluster.num_replicas
+    2
+    """
+    limits = read_slo(slo)
+    column = _column_of(objective)
+    points = points_of(cluster, workload, grid)
+    prices = [_price(point, price_per_gpu_hour) for point in points]
+    if column.startswith("cost_") and price_per_gpu_hour is None:
+        raise ConfigError(
+            f"recommend(): the objective {objective!r} needs price_per_gpu_hour, which was not "
+            "given."
+        )
+    if method not in METHODS:
+        raise unknown_name("method of recommend()", method, METHODS)
+    candidates = Candidates(
+        points,
+        prices,
+        limits,
+        column,
+        seeds=replication_seeds(seed, max_replications if is_random(workload) else 1),
+        confidence=confidence,
+        jobs=jobs,
+    )
+    halves = method == "halving" or (method == "auto" and len(points) > MAX_GRID)
+    for batch in candidates.halved() if halves else [list(range(len(points)))]:
+        candidates.run(batch)
+        if candidates.with_verdict("meets"):
+            break
+    candidates.compare()
+    best, runner_up, lead = candidates.decision()
+    return Recommendation(
+        best,
+        candidates.table(),
+        points,
+        column,
+        lead,
+        runner_up,
+        limits,
+        _notes(candidates, best, runner_up, lead),
+        candidates.num_runs,
+    )
+
+
+def _notes(
+    candidates: Candidates, best: int | None, runner_up: int | None, lead: Interval | None
+) -> tuple[str, ...]:
+    """Return how sure the answer is."""
+    if best is None:
+        return (candidates.closest(),)
+    notes = []
+    if candidates.trials[best].verdict != "meets":
+        notes.append("whether it meets the SLO cannot be told: use more requests or replications")
+    if lead is None or runner_up is None:
+        notes.append("no other configuration meets the SLO")
+    elif lead.low > 0:
+        notes.append(f"surely better than row {runner_up}, by {lead.low:.3g} to {lead.high:.3g}")
+    else:
+        notes.append(f"cannot be told from row {runner_up}: use more requests or replications")
+    return tuple(notes)
+
+
+def _column_of(objective: str) -> str:
+    """Return the column that an objective names."""
+    latencies = [f"{name}_{mark}" for name in (*LATENCIES, "itl") for mark in ("mean", *QUANTILES)]
+    column = OBJECTIVES.get(objective, str(objective).replace(":", "_"))
+    known = [*OBJECTIVES, *OBJECTIVES.values(), "cost_per_hour", *latencies, *SCALARS]
+    if column not in known:
+        raise unknown_name("objective", objective, known)
+    return column
+
+
+def _price(point: Point, given: float | Mapping[str, float] | None) -> float:
+    """Return the price of an hour of a device, NaN if none was given."""
+    device = point.cluster.deployment.device
+    price = given
+    if isinstance(given, Mapping):
+        prices = {Device.from_name(str(name)).name: price for name, price in given.items()}
+        if device.name not in prices:
+            raise ConfigError(
+                f"price_per_gpu_hour has {', '.join(prices) or 'nothing'}, but no {device.name}."
+            )
+        price = prices[device.name]
+    if price is None:
+        return math.nan
+    if isinstance(price, bool) or not (isinstance(price, int | float) and 0 <= price < math.inf):
+        raise ConfigError(f"price_per_gpu_hour = {given!r}: expected numbers >= 0.")
+    return float(price)
+
+
+def _told(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or str(value)

@@ -1,0 +1,281 @@
+"""Finished runs on disk, each under a hash of what it was: a sweep that was cut off goes on.
+
+A store is a directory of plain files, which several processes may use at once::
+
+    store.json            what this is, and the newest version that wrote in it
+    runs/HASH.json        a finished run: its configuration, its figures, a checksum
+    claims/HASH           held, by a lock of the operating system, while somebody computes the run
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vidur_simpy
+from vidur_simpy.config import PYTHON
+from vidur_simpy.errors import VidurError
+
+__all__ = ["DamagedEntryError", "Store", "key_of", "open_store", "unstorable"]
+
+FORMAT = "vidur_simpy store"
+FORMAT_VERSION = 1
+MANIFEST = "store.json"
+HOW_TO_GO_ON = "name another directory, or upgrade vidur_simpy"
+
+
+class DamagedEntryError(VidurError):
+    """A stored run that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """The finished runs in a directory; :func:`open_store` makes one.
+
+    Attributes
+    ----------
+    directory : Path
+        Absolute, so that a worker elsewhere finds it.
+    """
+
+    directory: Path
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine sees the directory; a worker elsewhere may not."""
+        return (self.directory / MANIFEST).exists()
+
+    def path(self, key: str) -> Path:
+        """Return the file of a run."""
+        return self.directory / "runs" / f"{key}.json"
+
+    def load(self, key: str) -> dict[str, float] | None:
+        """Return the figures of a run, or None if it is not there.
+
+        Raises
+        ------
+        DamagedEntryError
+            If the file was cut short or changed since it was written.
+        """
+        path = self.path(key)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DamagedEntryError(f"{str(path)!r} cannot be read: {error}.") from None
+        try:
+            entry = json.loads(text)
+            checksum, figures = entry.pop("checksum"), entry["figures"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedEntryError(f"{str(path)!r} is damaged: {error!r}.") from None
+        if checksum != _digest(entry) or entry.get("key") != key:
+            raise DamagedEntryError(f"{str(path)!r} is damaged: its checksum is another.")
+        return dict(figures)
+
+    def save(self, key: str, described: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """Keep the figures of a run; whoever looks finds all of it or nothing.
+
+        Raises
+        ------
+        VidurError
+            If the directory cannot be written, as when the disk is full.
+        """
+        given = {"key": key, "run": dict(described), "figures": dict(figures)}
+        entry = json.loads(json.dumps(given))  # what it will be when it is read: keys are texts
+        try:
+            _write(self.path(key), entry | {"checksum": _digest(entry)})
+        except OSError as error:
+            raise VidurError(f"cannot keep a run in {str(self.directory)!r}: {error}.") from error
+
+    @contextmanager
+    def claim(self, key: str, *, wait: bool) -> Iterator[bool]:
+        """Be the only one to compute a run while the block lasts; yield whether one is.
+
+        The operating system lets go of the claims of a process that dies. Where it knows no such
+        locks every claim succeeds, and two processes may compute the same run.
+        """
+        path = self.directory / "claims" / key
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            is_mine = _lock(file.fileno(), wait)
+            try:
+                yield is_mine
+            finally:
+                if is_mine:
+                    path.unlink(missing_ok=True)
+
+
+def open_store(directory: str | os.PathLike[str]) -> Store:
+    """Open a store, or make an empty one.
+
+    Raises
+    ------
+    VidurError
+        If the directory holds something else, was written by a newer version, or cannot be
+        written.
+    """
+    folder = Path(directory).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        version = _check(folder)
+        if version is None or _as_numbers(version) < _as_numbers(vidur_simpy.__version__):
+            manifest = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "version": vidur_simpy.__version__,
+            }
+            _write(folder / MANIFEST, manifest)
+        (folder / "runs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise VidurError(f"cannot keep runs in {str(folder)!r}: {error}.") from error
+    return Store(folder)
+
+
+def _check(folder: Path) -> str | None:
+    """Return the version of the package that wrote in a store last; None if it is empty."""
+    path = folder / MANIFEST
+    if not path.exists():
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if others and not path.exists():
+            raise VidurError(
+                f"{str(folder)!r} is not a store of runs: it holds {others[0]!r} and no "
+                f"{MANIFEST}; name a new or an empty directory."
+            )
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        kind, format_version = manifest["format"], int(manifest["format_version"])
+        version = str(manifest["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VidurError(
+            f"{str(path)!r} is damaged ({error!r}); delete it if {str(folder)!r} is a store of "
+            "runs: nothing is lost."
+        ) from None
+    if kind != FORMAT:
+        raise VidurError(f"{str(folder)!r} holds a {kind!r}, expected a {FORMAT!r}.")
+    if format_version > FORMAT_VERSION:
+        raise VidurError(
+            f"the store {str(folder)!r} has format version {format_version}, expected at most "
+            f"{FORMAT_VERSION}: it was written by vidur_simpy {version}, this is "
+            f"{vidur_simpy.__version__}; {HOW_TO_GO_ON}."
+        )
+    if _as_numbers(version) > _as_numbers(vidur_simpy.__version__):
+        raise VidurError(
+            f"the store {str(folder)!r} was written by vidur_simpy {version}, this is "
+            f"{vidur_simpy.__version__}, which would compute every run again; {HOW_TO_GO_ON}."
+        )
+    return version
+
+
+def _as_numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def key_of(described: Mapping[str, Any]) -> str:
+    """Return the name of a run: a hash of its configuration, of what files say, and of our version.
+
+    Two installations of one version whose code differs have different names for it, too, so that
+    figures of code that was changed since are not taken for those of the present one.
+
+    Parameters
+    ----------
+    described : mapping
+        Plain data, as :func:`~vidur_simpy.config.dump_config` gives it.
+    """
+    content = {"run": _with_files(dict(described)), "code": _code()}
+    return _digest(content)
+
+
+def unstorable(described: Any) -> list[str]:
+    """Return the objects of a configuration that no name stands for, as it tells them."""
+    if isinstance(described, Mapping):
+        if described.get("type") == PYTHON:
+            return [str(described.get("object"))]
+        described = list(described.values())
+    if isinstance(described, list):
+        return [name for item in described for name in unstorable(item)]
+    is_plain = described is None or isinstance(described, (str, int, float))
+    return [] if is_plain else [repr(described)]
+
+
+def _with_files(described: Any, key: str = "") -> Any:
+    """Put what a file holds in place of its name: a trace may move, or change."""
+    if isinstance(described, Mapping):
+        return {str(name): _with_files(item, str(name)) for name, item in described.items()}
+    if isinstance(described, list):
+        return [_with_files(item, key) for item in described]
+    is_path = isinstance(described, str) and (key in ("path", "model") or key.endswith("_path"))
+    if is_path and Path(described).exists():
+        return {"sha256": _content(Path(described))}
+    return described
+
+
+def _content(path: Path) -> str:
+    """Return the hash of a file, or of all files of a folder and their names."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _content_as_of(stamps, str(path))
+
+
+@functools.lru_cache(maxsize=256)
+def _content_as_of(stamps: tuple[tuple[str, int, int], ...], root: str) -> str:
+    """Hash files; the stamps say when they were written, so that they are read once."""
+    digest = hashlib.sha256()
+    for name, _, size in stamps:
+        digest.update(f"{Path(name).relative_to(root).as_posix()}\0{size}\0".encode())
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """Return the version of this package, and a hash of its files."""
+    package = Path(vidur_simpy.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return f"{vidur_simpy.__version__}+{digest.hexdigest()[:16]}"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is there complete or not at all, whenever the process is killed."""
+    handle, aside = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+def _lock(file: int, wait: bool) -> bool:
+    """Lock an open file; return whether that was possible, or not needed."""
+    try:
+        import fcntl
+    except ImportError:  # not a system with such locks
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

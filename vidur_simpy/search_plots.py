@@ -1,0 +1,298 @@
+"""Figures of many runs: latency over rate, and which configurations are worth considering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vidur_simpy.drawing import (
+    ABOVE,
+    BLUE,
+    COLOURS,
+    GREEN,
+    LINE_STYLES,
+    VERMILLION,
+    make_axes,
+    say_empty,
+)
+from vidur_simpy.errors import unknown_name
+from vidur_simpy.fronts import pareto
+from vidur_simpy.summary import digits
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from vidur_simpy.capacity_search import Capacity
+    from vidur_simpy.slo import Requirement
+
+__all__ = ["capacity_curve", "plot_front", "plot_throughput_latency"]
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LOOKS = {"meets": ("o", BLUE), "misses": ("X", VERMILLION), "cannot tell": ("s", "white")}
+# Latencies that are further from the limit are not shown.
+REACH = 30.0
+
+
+def capacity_curve(
+    found: Capacity, ax: Axes | None = None, *, requirement: str | None = None
+) -> Axes:
+    """Draw latency over rate, as `Capacity.plot` describes it."""
+    chosen = _requirement(found, requirement)
+    column, unit = _column(chosen), "ratio" if chosen.name == "fraction" else "s"
+    curve = found.curve
+    limit = 1.0 if chosen.name == "fraction" else chosen.scale
+    ax = make_axes(ax)
+    rate = curve["rate"].to_numpy()
+    estimate = curve[column].to_numpy()
+    # Ends that are infinite or far off end at the edge of the figure.
+    shown = estimate[np.isfinite(estimate)]
+    floor = min(limit, shown.min(initial=limit)) / 2
+    ceiling = 2 * max(limit, min(limit * REACH, shown.max(initial=limit)))
+    low, high, middle = (
+        np.clip(curve[name].to_numpy(), floor, ceiling)
+        for name in (f"{column}_low", f"{column}_high", column)
+    )
+    ax.plot(rate, middle, "-", color="0.6", linewidth=1, zorder=1)
+    for verdict, (marker, face) in LOOKS.items():
+        mask = (curve["verdict"] == verdict).to_numpy()
+        if mask.any():
+            bars = np.abs(np.stack([middle - low, high - middle])[:, mask])
+            label = f"surely {verdict}" if verdict != "cannot tell" else verdict
+            look: Any = {"markerfacecolor": face, "markeredgecolor": "0.2", "capsize": 2}
+            ax.errorbar(
+                rate[mask], middle[mask], bars, fmt=marker, ecolor="0.5", label=label, **look
+            )
+    ax.axhline(limit, color="0.2", linestyle="--", linewidth=1)
+    ax.annotate(
+        f"limit {limit:g} {unit}" if unit == "s" else "limit",
+        (0.01, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize="small",
+    )
+    if 0 < found.rate < math.inf:
+        ax.axvspan(max(found.low, rate.min()), min(found.high, rate.max()), color=GREEN, alpha=0.2)
+        ax.axvline(
+            found.rate, color=GREEN, linestyle="-.", label=f"{digits(found.rate)} requests/s"
+        )
+    _logarithmic(ax.xaxis, rate)
+    _logarithmic(ax.yaxis, np.array([floor, ceiling]))
+    ax.set_ylim(floor, ceiling)
+    ax.set_xlabel("arrival rate (requests/s)")
+    name = "worst ratio of latency to limit" if unit == "ratio" else f"{chosen.name} ({unit})"
+    ax.set_ylabel(name)
+    title = {"every rate": ": every rate meets it", "no rate": ": no rate meets it"}
+    ax.set_title(f"Capacity under {chosen}{title.get(found.answer, '')}", pad=26, fontsize="medium")
+    ax.legend(**ABOVE, ncols=4)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_front(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    ax: Axes | None = None,
+    *,
+    maximise: Collection[str] = (),
+    by: str | None = None,
+    label: str | Sequence[str] | None = None,
+    eligible: Sequence[bool] | None = None,
+) -> Axes:
+    """Draw configurations as points, and the front of those that no other beats.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A row per configuration, such as `Recommendation.table` or `Sweep.table`.
+    x, y : str
+        Columns with numbers. Less is better, except as `maximise` says.
+    ax : Axes, optional
+    maximise : collection of str
+        Which of the two are better when greater.
+    by : str, optional
+        Column whose values give the points different markers and colours.
+    label : str or sequence of str, optional
+        Columns that are written at the points of the front.
+    eligible : sequence of bool, optional
+        Which rows may be on the front, such as those that meet an SLO; all if None.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such column.
+    """
+    among = table if eligible is None else table.loc[np.asarray(eligible, dtype=bool)]
+    front = pareto(among, x, y, maximise=maximise)
+    ax = make_axes(ax, height=4.5)
+    shown = _with_numbers(table, x, y)
+    if shown.empty:
+        say_empty(ax, f"no row has a number in {x} and {y}")
+        return ax
+    groups = _groups(shown, [] if by is None else [by])
+    for index, (name, rows) in enumerate(groups):
+        ax.plot(
+            rows[x],
+            rows[y],
+            MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            alpha=0.75,
+            markeredgecolor="0.2",
+            markersize=5,
+            label=name or "configurations",
+        )
+    # Between two points of the front, what can be had is the worse of both.
+    worse_first = x in maximise
+    where = "steps-pre" if worse_first else "steps-post"
+    ax.plot(front[x], front[y], color="0.2", drawstyle=where, linewidth=1, zorder=0, label="front")
+    ax.plot(front[x], front[y], "o", color="0.2", markersize=10, markerfacecolor="none")
+    _write_labels(ax, front, x, y, [label] if isinstance(label, str) else list(label or ()))
+    for axis, column in ((ax.xaxis, x), (ax.yaxis, y)):
+        values = shown[column].to_numpy(float)
+        if values.min() > 0 and values.max() > REACH * values.min():
+            _logarithmic(axis, values)
+    ax.set_xlabel(_named(x, maximise))
+    ax.set_ylabel(_named(y, maximise))
+    ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten", pad=26)
+    ax.margins(x=0.08)
+    ax.legend(**ABOVE, ncols=5)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_throughput_latency(
+    table: pd.DataFrame,
+    latency: str = "ttft_p99",
+    ax: Axes | None = None,
+    *,
+    throughput: str = "output_token_throughput",
+    by: str | Sequence[str] | None = None,
+    limit: float | None = None,
+) -> Axes:
+    """Draw latency against throughput, a curve per configuration, a point per arrival rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A row per run, such as `Sweep.table` over rates, or `Capacity.curve`.
+    latency, throughput : str
+        Columns with numbers.
+    ax : Axes, optional
+    by : str or sequence of str, optional
+        Columns whose values make a curve each.
+    limit : float, optional
+        Draw a limit on the latency, in seconds.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such column.
+    """
+    columns = [by] if isinstance(by, str) else list(by or ())
+    for column in (latency, throughput, *columns):
+        if column not in table:
+            raise unknown_name("column", column, map(str, table.columns))
+    ax = make_axes(ax, height=4.5)
+    shown = _with_numbers(table, latency, throughput)
+    groups = _groups(shown, columns)
+    for index, (name, rows) in enumerate(groups):
+        rows = rows.sort_values(throughput)
+        ax.plot(
+            rows[throughput],
+            rows[latency],
+            LINE_STYLES[index % len(LINE_STYLES)],
+            marker=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            markersize=5,
+            label=name or None,
+        )
+    if shown.empty:
+        say_empty(ax, f"no row has a number in {latency} and {throughput}")
+    else:
+        _logarithmic(ax.yaxis, shown[latency].to_numpy(float))
+    if limit is not None:
+        ax.axhline(limit, color="0.2", linestyle="--", linewidth=1, label=f"limit {limit:g} s")
+    ax.set_xlabel(_named(throughput))
+    ax.set_ylabel(_named(latency))
+    ax.set_title("Latency against throughput", pad=12)
+    if columns or limit is not None:
+        title = ", ".join(_named(column) for column in columns)
+        ax.legend(fontsize="small", title=title, title_fontsize="small")
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def _requirement(found: Capacity, name: str | None) -> Requirement:
+    requirements = {each.name: each for each in found.slo.requirements}
+    if name is not None:
+        if name not in requirements:
+            raise unknown_name("limit of the SLO", name, requirements)
+        return requirements[name]
+    # Of the rate closest to the answer, the limit that is closest to being missed.
+    curve = found.curve
+    goal = found.rate if 0 < found.rate < math.inf else float(curve["rate"].median())
+    row = curve.iloc[int((curve["rate"] - goal).abs().argmin())]
+    return max(requirements.values(), key=lambda each: row[_column(each)] / each.scale)
+
+
+def _column(requirement: Requirement) -> str:
+    return (
+        requirement.name.replace(":", "_") if requirement.name != "fraction" else "fraction_ratio"
+    )
+
+
+def _with_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the rows that have a finite number in some columns."""
+    is_there = np.isfinite(table[list(columns)].to_numpy(np.float64)).all(axis=1)
+    kept: pd.DataFrame = table.loc[is_there]
+    return kept
+
+
+def _groups(table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Return the rows of each combination of some columns, with its name."""
+    for column in columns:
+        if column not in table:
+            raise unknown_name("column", column, map(str, table.columns))
+    if not columns:
+        return [("", table)]
+    groups = table.groupby(columns, sort=False, dropna=False)
+    return [(", ".join(map(str, key)), rows) for key, rows in groups]
+
+
+def _named(column: str, maximise: Collection[str] = ()) -> str:
+    """Return a column in words, with its unit."""
+    units = {"throughput": "per s", "ttft": "s", "tpot": "s", "itl": "s", "e2e": "s"}
+    name = column.rpartition(".")[2]
+    unit = next((unit for word, unit in units.items() if word in name.split("_")), "")
+    words = name.replace("_", " ")
+    return f"{words} ({unit})" if unit else words
+
+
+def _write_labels(ax: Axes, front: pd.DataFrame, x: str, y: str, columns: list[str]) -> None:
+    for column in columns:
+        if column not in front:
+            raise unknown_name("column", column, map(str, front.columns))
+    for _, row in front.iterrows() if columns else ():
+        text = ", ".join(str(row[column]) for column in columns)
+        place: Any = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "x-small"}
+        ax.annotate(text, (float(row[x]), float(row[y])), **place)
+
+
+def _logarithmic(axis: Any, values: Any) -> None:
+    """Make an axis logarithmic with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    positive = np.asarray(values, float)
+    positive = positive[(positive > 0) & np.isfinite(positive)]
+    if not len(positive):
+        return
+    axis._set_axes_scale("log")
+    subs = (1.0, 2.0, 5.0) if positive.max() < 1000 * positive.min() else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
