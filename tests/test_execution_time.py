@@ -29,9 +29,11 @@ GOLDEN_CASES = [
 
 
 def test_the_table_holds_models():
-    """Every model of the table has the shape of one, and works without settings."""
-    assert set(EXECUTION_TIMES) == {"calibrated", "linear", "roofline"}
-    for model in EXECUTION_TIMES.values():
+    """Every model has the shape of one, and works without settings where no data are needed."""
+    needing_data = {"aiconfigurator", "profile"}
+    assert set(EXECUTION_TIMES) == {"calibrated", "linear", "roofline"} | needing_data
+    for name in EXECUTION_TIMES.keys() - needing_data:
+        model = EXECUTION_TIMES[name]
         assert isinstance(model(), ExecutionTime)
         assert stage_time_of(model(), replica())(decodes(4, 100), 0) > 0
 

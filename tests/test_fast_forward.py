@@ -82,14 +82,16 @@ def test_fast_engine_equals_stepping(scheduler: str, data: st.DataObject) -> Non
     ):
         now += gap
         rows.append((now, prompt, output))
+    block_size = 1 if scheduler == "lightllm" else data.draw(st.sampled_from([1, 4, 16]))
+    longest = -(-512 // block_size)  # in blocks
     cluster = vs.Cluster(
         model="llama-3-8b",
         device="a100-80gb-sxm",
         num_replicas=data.draw(st.integers(1, 2)),
         max_model_len=512,
         kv_cache=vs.KVCache(
-            block_size=1 if scheduler == "lightllm" else data.draw(st.sampled_from([1, 16])),
-            num_blocks=data.draw(st.sampled_from([600, 1_000, 50_000])),
+            block_size=block_size,
+            num_blocks=data.draw(st.integers(longest + 2, 2 * longest) | st.just(50_000)),
         ),
         replica_scheduler=SCHEDULERS[scheduler],
         global_scheduler=data.draw(

@@ -47,12 +47,10 @@ class Vllm:
 class VllmScheduler(ContinuousBatching):
     """The vLLM scheduler of one replica."""
 
-    # While nobody comes or goes its decodes go on alone.
-    steady_steps = ContinuousBatching.steady_steps
-
     def __init__(self, policy: Vllm, resources: ReplicaResources) -> None:
         super().__init__(resources, policy.max_num_seqs, policy.ordering)
         self.max_num_batched_tokens = policy.max_num_batched_tokens
+        self._was_preempted = False  # somebody, since the last attempt to admit
 
     def refusal(self, request: Request) -> str:
         """Return why the request can never run here; an empty string if it can."""
@@ -72,7 +70,20 @@ class VllmScheduler(ContinuousBatching):
             chunks = self._admit_prompts(now)
         return Batch(None, chunks) if chunks else None
 
+    def steady_steps(self, batch: Batch) -> int:
+        """Return how many batches after this one will be its decodes, unless a request arrives.
+
+        Not if decoding has just sent somebody back, whom the next batch may admit again.
+        """
+        return 0 if self._was_preempted else super().steady_steps(batch)
+
+    def put_back(self, request: Request) -> None:
+        """Let a restarted request wait ahead of the others, as far as the ordering leaves it."""
+        super().put_back(request)
+        self._was_preempted = True
+
     def _admit_prompts(self, now: float) -> list[PrefillChunk]:
+        self._was_preempted = False
         self.waiting.order(now)
         chunks: list[PrefillChunk] = []
         num_tokens = 0
