@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import engines
 import execution_time_rate
 import iteration_rate
+import sweep_rate
 
 
 def test_iteration_rate_measures_every_workload() -> None:
@@ -39,3 +40,10 @@ def test_execution_time_rate_measures_every_model() -> None:
         assert all(len(row) == 1 + len(execution_time_rate.MODELS) for row in rows)
         assert all(value > 0 for row in rows for value in row.values())
     assert execution_time_rate.iterations_per_second("linear", num_requests=10) > 0
+
+
+def test_sweep_rate_measures_every_way() -> None:
+    """A few tiny runs give a time for every way to make them."""
+    times = sweep_rate.run(num_runs=4, num_requests=5, repetitions=1)
+    assert len(times) == 7
+    assert all(seconds > 0 for seconds in times.values())

@@ -139,6 +139,13 @@ def test_no_values_have_no_interval():
         mean_interval(np.array([]))
 
 
+def test_a_missing_scipy_names_its_extra(monkeypatch):
+    """Intervals are the only ones to need it."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(vs.ConfigError, match=r"vidur-simpy\[statistics\]"):
+        mean_interval(np.arange(9.0))
+
+
 def test_a_single_value_bounds_nothing():
     """Its interval is everything."""
     made = mean_interval(np.array([3.0]))

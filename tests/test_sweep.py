@@ -13,6 +13,7 @@ import pytest
 from sweep_script import NUM_RUNS, small_sweep
 
 import vidur_simpy as vs
+from vidur_simpy.cli import main
 from vidur_simpy.search import figures_of, points_of, replication_seeds
 
 SCRIPT = Path(__file__).with_name("sweep_script.py")
@@ -123,6 +124,14 @@ def test_a_sweep_shows_itself(serial, cluster, workload):
     assert "<table" in swept._repr_html_()
     assert "refused" in str(swept)
     assert len(swept) == 2
+
+
+def test_progress_is_shown_when_asked_for(cluster, workload, capsys):
+    """A bar of runs on a terminal's error stream; none otherwise."""
+    vs.sweep(cluster, workload, {"cluster.num_replicas": [1, 2]}, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    vs.sweep(cluster, workload, {"cluster.num_replicas": [1, 2]})
+    assert capsys.readouterr().err == ""
 
 
 # Grids
@@ -276,6 +285,95 @@ def test_without_joblib_the_message_says_what_to_install(cluster, workload, monk
     monkeypatch.setitem(sys.modules, "joblib", None)
     with pytest.raises(vs.ConfigError, match=r"pip install 'vidur-simpy\[search\]'"):
         vs.sweep(cluster, workload, [{}])
+
+
+# From the command line
+
+CONFIG = """\
+cluster: {max_model_len: 4096, execution_time: linear}
+workload:
+  type: synthetic
+  arrivals: {type: poisson, rate: 20.0}
+  lengths: {type: fixed, num_prefill_tokens: 100, num_decode_tokens: 10}
+  num_requests: 20
+seed: 3
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Call ``vidur-simpy sweep config.yaml``; tell its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(["sweep", "config.yaml", "--jobs", "1", *arguments])
+        printed = capsys.readouterr()
+        return exit_.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def test_the_command_prints_a_row_per_run(command, tmp_path):
+    """Exit code 0; nothing is written that was not asked for."""
+    code, out, err = command("--grid", "cluster.num_replicas=1,2,4")
+    assert (code, err) == (0, "")
+    header, *rows = out.splitlines()
+    assert header.split()[:2] == ["cluster.num_replicas", "ttft_p50"]
+    assert [row.split()[0] for row in rows] == ["1", "2", "4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_the_command_keeps_runs_and_writes_the_table(command, tmp_path):
+    """Objects as in YAML; the whole table as CSV, the same as in Python."""
+    grid = "cluster.replica_scheduler=vllm,{type: sarathi, chunk_size: 64}"
+    options = ["--grid", grid, "--grid", "cluster.num_replicas=1,2", "--replications", "2"]
+    code, out, _ = command(*options, "--store", "runs", "--out", "table.csv")
+    assert code == 0
+    assert "The table is in table.csv." in out
+    assert len(list((tmp_path / "runs" / "runs").iterdir())) == 8
+    written = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
+    swept = vs.sweep(
+        **vs.load_config("config.yaml"),
+        grid={
+            "cluster.replica_scheduler": ["vllm", vs.Sarathi(chunk_size=64)],
+            "cluster.num_replicas": [1, 2],
+        },
+        replications=2,
+    )
+    assert written["ttft_mean"].tolist() == swept.table["ttft_mean"].tolist()
+    assert written["seed"].tolist() == swept.table["seed"].tolist()
+
+
+def test_the_command_tells_failed_runs(command):
+    """They are rows, and exit code 1 says that there are some."""
+    code, out, err = command(
+        "--grid", "cluster.model=llama-3.1-8b,llama-3.1-405b", "--set", "cluster.max_model_len=512"
+    )
+    assert code == 1
+    assert "CapacityError" in out
+    assert err.startswith("Error: 1 of 2 runs failed; the first: CapacityError")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing option '--grid'"),
+        (["--grid", "cluster.num_replicas"], "expected key=value,value"),
+        (["--grid", "cluster.num_replicas=[1"], "expected key=value,value"),
+        (["--grid", "cluster.num_replicas="], "the grid is empty: cluster.num_replicas has no v"),
+        (["--grid", "cluster.num_replica=1"], "did you mean 'num_replicas'"),
+        (["--grid", "cluster.num_replicas=1", "--out", "no/t.csv"], "there is no folder no"),
+        (["--grid", "cluster.num_replicas=1", "--replications", "0"], "replications = 0"),
+        (["--grid", "cluster.num_replicas=1", "--store", "."], "not a store of runs"),
+    ],
+)
+def test_the_command_refuses_bad_usage(command, arguments, message):
+    """Exit code 2 and one sentence."""
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 # Wherever they are made

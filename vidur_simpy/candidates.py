@@ -16,7 +16,15 @@ from vidur_simpy.scaling import num_requests_of, with_share
 from vidur_simpy.search import Point
 from vidur_simpy.slo import Slo, Verdict
 from vidur_simpy.summary import digits
-from vidur_simpy.trials import Observation, Trial, columns_of, more_runs, outcomes, try_out
+from vidur_simpy.trials import (
+    Observation,
+    Trial,
+    columns_of,
+    confidence_of_a_look,
+    more_runs,
+    outcomes,
+    try_out,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +156,7 @@ class Candidates:
                     point.workload,
                     self.slo,
                     self.seeds,
-                    confidence=self.confidence,
+                    confidence=confidence_of_a_look(self.confidence, len(self.seeds)),
                     jobs=self.jobs,
                 )
 

@@ -136,7 +136,8 @@ def capacity(
     tolerance : float
         How far the rates that surely meet and surely miss may be apart, relative to the lower.
     confidence : float
-        Of the interval at each rate.
+        Chance that what is said of a rate is right; the looks at its interval share the error, so
+        that of 32 replications each is of 99 %.
     max_replications : int
         Runs at one rate.
     seed : int
@@ -156,8 +157,8 @@ def capacity(
 
     Notes
     -----
-    Each rate is looked at more than once and the SLO may have several limits, so that the chance
-    that a rate is wrongly said to meet or to miss is somewhat above ``(1 - confidence) / 2``.
+    The SLO may have several limits and several rates lie close to the answer, each of which may be
+    taken for another with a chance of ``(1 - confidence) / 2``.
 
     Examples
     --------
@@ -292,12 +293,13 @@ class _Walk:
         """Return what limits the answer."""
         if answer == "every rate":
             return ("even when all requests arrive at once; use more requests or a stricter SLO",)
-        trial = self.trials[self.low if self.low > -math.inf else min(self.trials)]
+        crossing = self.crossing()
+        at_answer = max((each for each in self.trials if each <= crossing), default=None)
+        trial = self.trials[min(self.trials) if at_answer is None else at_answer]
         notes = [_refused(trial)] if trial.figure("refused") else []
         if answer == "no rate":
             return (*notes, _at_least(trial))
-        if self.low > -math.inf:
-            notes += [note for each in trial.assessments for note in each.ratio.notes]
+        if at_answer is not None:
             if any(each.grows for each in trial.assessments):
                 notes.append("latencies still grow when a run ends: use more requests")
             if trial.figure("arrival_share") < OVERLOADED:
@@ -306,6 +308,9 @@ class _Walk:
                     f"runs are too short to overload the cluster, which completes {throughput} "
                     "requests/s: use more requests"
                 )
+        if self.low > -math.inf:
+            at_low = self.trials[self.low].assessments
+            notes += [note for each in at_low for note in each.ratio.notes]
         if answer == "cannot tell":
             unclear = [each for each in self.trials.values() if each.verdict == "cannot tell"]
             few = {note for each in unclear for one in each.assessments for note in one.ratio.notes}

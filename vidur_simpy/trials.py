@@ -27,6 +27,7 @@ __all__ = [
     "Observation",
     "Trial",
     "columns_of",
+    "confidence_of_a_look",
     "more_runs",
     "observe",
     "outcomes",
@@ -148,8 +149,16 @@ def try_out(
     confidence: float = 0.95,
     jobs: int | None = None,
 ) -> Trial:
-    """Run a workload with ever more seeds until it is clear whether it meets an SLO, or all ran."""
+    """Run a workload with ever more seeds until it is clear whether it meets an SLO, or all ran.
+
+    Parameters
+    ----------
+    confidence : float
+        Chance that the verdict is right, however often it was looked at; see
+        :func:`confidence_of_a_look`.
+    """
     trial = Trial([], [])
+    confidence = confidence_of_a_look(confidence, len(seeds))
     while len(trial.observations) < len(seeds):
         upto = max(FIRST_ROUND, 2 * len(trial.observations))
         trial = more_runs(
@@ -158,6 +167,20 @@ def try_out(
         if trial.is_settled:
             break
     return trial
+
+
+def confidence_of_a_look(confidence: float, num_seeds: int) -> float:
+    """Return the confidence of each interval of a trial that may be looked at after each round.
+
+    The rounds share the error evenly (Bonferroni).
+
+    Examples
+    --------
+    >>> round(confidence_of_a_look(0.95, 32), 3)  # after 2, 4, 8, 16 and 32 runs
+    0.99
+    """
+    num_looks = 1 + max(0, math.ceil(math.log2(num_seeds / FIRST_ROUND)))
+    return 1 - (1 - confidence) / num_looks
 
 
 def more_runs(

@@ -155,12 +155,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4_000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--exhaustive", action="store_true")
+    parser.add_argument("--devices", nargs="*", choices=sorted(PRICES), default=list(PRICES))
+    parser.add_argument("--traces", nargs="*", choices=TRACES, default=list(TRACES))
     parser.add_argument("--out", type=Path, help="folder for the capacity curves as figures")
     arguments = parser.parse_args()
-    print(f"Llama-3-70B under {SLO}")
+    print(f"Llama-3-70B under {SLO}", flush=True)
     rows = []
-    for trace in TRACES:
-        for device in PRICES:
+    for trace in arguments.traces:
+        for device in arguments.devices:
             rows.append(
                 search(
                     device,
@@ -171,7 +173,7 @@ def main() -> None:
                 )
             )
             show(rows[-1])
-    for trace in TRACES:
+    for trace in arguments.traces:
         of_trace = [row for row in rows if row["trace"] == trace]
         best = max(of_trace, key=lambda row: row["requests_per_dollar"][0])
         print(f"\n{trace}: {best['best'][0][0]} on {best['device']},", end=" ")

@@ -4,9 +4,9 @@ Run it by hand, on a machine with nothing else to do::
 
     python tests/benchmarks/sweep_rate.py [--runs 200] [--requests 100] [--repetitions 3]
 
-Each repetition times, in turn, the bare runs in a loop, the same as a sweep in this process (with
-and without a store), and as a sweep on one and on two worker processes that have been started
-before. Figures are medians of wall-clock times.
+Each repetition times, in turn, the bare runs in a loop, the same with the figures of their tables,
+and as a sweep in this process and on two worker processes that were started before, with and
+without a store. Figures are medians of wall-clock times.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import vidur_simpy as vs
+from vidur_simpy.search import figures_of
 
 
 def settings(num_runs: int, num_requests: int) -> tuple[vs.Cluster, vs.Workload, list[dict]]:
@@ -48,6 +49,10 @@ def run(num_runs: int, num_requests: int, repetitions: int) -> dict[str, float]:
         for each in workloads:
             vs.simulate(cluster, each, progress=False)
 
+    def told() -> None:
+        for each in workloads:
+            figures_of(vs.simulate(cluster, each, progress=False))
+
     def swept(jobs: int | None = None, store: str | None = None) -> Callable[[], object]:
         return lambda: vs.sweep(cluster, workload, grid, jobs=jobs, store=store, progress=False)
 
@@ -58,6 +63,7 @@ def run(num_runs: int, num_requests: int, repetitions: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
             for name, function in {
                 "bare": bare,
+                "bare, with their figures": told,
                 "sweep, here": swept(),
                 "sweep, here, stored": swept(store=first),
                 "sweep, here, all found in the store": swept(store=first),

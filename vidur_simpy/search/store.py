@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -30,6 +31,8 @@ __all__ = ["DamagedEntryError", "Store", "key_of", "open_store", "unstorable"]
 FORMAT = "vidur_simpy store"
 FORMAT_VERSION = 1
 MANIFEST = "store.json"
+# Other packages whose versions may change figures.
+DECIDING = ("numpy", "scikit-learn", "aiconfigurator-core")
 HOW_TO_GO_ON = "name another directory, or upgrade vidur_simpy"
 
 
@@ -182,10 +185,11 @@ def _as_numbers(version: str) -> list[int]:
 
 
 def key_of(described: Mapping[str, Any]) -> str:
-    """Return the name of a run: a hash of its configuration, of what files say, and of our version.
+    """Return the name of a run: a hash of its configuration, of what files say, and of versions.
 
     Two installations of one version whose code differs have different names for it, too, so that
-    figures of code that was changed since are not taken for those of the present one.
+    figures of code that was changed since are not taken for those of the present one. So do two
+    versions of the packages that draw random numbers or know execution times.
 
     Parameters
     ----------
@@ -240,14 +244,22 @@ def _content_as_of(stamps: tuple[tuple[str, int, int], ...], root: str) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Return the version of this package, and a hash of its files."""
+    """Return the versions of all packages that decide figures, and a hash of our own files."""
     package = Path(vidur_simpy.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
             digest.update(path.read_bytes())
-    return f"{vidur_simpy.__version__}+{digest.hexdigest()[:16]}"
+    others = "".join(f" {name} {_version_of(name)}" for name in DECIDING)
+    return f"{vidur_simpy.__version__}+{digest.hexdigest()[:16]}{others}"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

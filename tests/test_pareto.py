@@ -1,0 +1,318 @@
+"""Fronts hold what no other beats, and the recommendation is the best that surely meets the SLO."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vidur_simpy as vs
+from vidur_simpy.candidates import successive_halving
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+PRICES = {"h100": 4.0, "a100": 2.0}
+SLO = {"ttft:p90": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Batches of 20 ms and more: one replica is kept busy by some 50 requests/s."""
+    return vs.Cluster(max_model_len=4096, execution_time=vs.Linear(base=0.02))
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return vs.Workload(vs.Poisson(30.0), vs.FixedLengths(512, 16), num_requests=200)
+
+
+@pytest.fixture(scope="module")
+def advice(cluster, workload):
+    """One to four replicas, on either device, whose execution times are the same here."""
+    grid = {"cluster.device": ["h100", "a100"], "cluster.num_replicas": [1, 2, 4]}
+    return vs.recommend(cluster, workload, SLO, grid, price_per_gpu_hour=PRICES, max_replications=4)
+
+
+# Fronts
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=25),
+    st.sets(st.sampled_from(["x", "y"])),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_front_is_what_no_row_beats(rows, maximise):
+    """As the definition says, by comparing each with each."""
+    table = pd.DataFrame(rows, columns=["x", "y"]).astype(float)
+    sign = np.array([-1.0 if name in maximise else 1.0 for name in ("x", "y")])
+    costs = table.to_numpy() * sign
+    beaten = [
+        any((other <= cost).all() and (other < cost).any() for other in costs) for cost in costs
+    ]
+    front = vs.pareto(table, "x", "y", maximise=maximise)
+    assert sorted(front.index) == list(np.flatnonzero(~np.array(beaten)))
+    assert front["x"].is_monotonic_increasing
+
+
+def test_rows_without_a_number_are_on_no_front():
+    """A run that failed has NaN."""
+    table = pd.DataFrame({"x": [1.0, np.nan, 0.5], "y": [1.0, 0.0, np.inf]})
+    assert list(vs.pareto(table, "x", "y").index) == [0]
+
+
+def test_results_and_sweeps_have_fronts(cluster, workload):
+    """More replicas are faster and busy for less of the time."""
+    clusters = {n: vs.Cluster(num_replicas=n, execution_time=vs.Linear()) for n in (1, 2)}
+    results = {f"{n} replicas": vs.simulate(each, workload) for n, each in clusters.items()}
+    front = vs.pareto(results, "utilisation", "ttft_p90")
+    assert list(front.index) == ["2 replicas"]
+    sweep = vs.sweep(cluster, workload, {"cluster.num_replicas": [1, 2]})
+    assert len(vs.pareto(sweep, "cluster.num_replicas", "ttft_p90")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cots", "ttft"), "did you mean 'cost'"),
+        (("cost", "name"), "values that are no numbers"),
+    ],
+)
+def test_a_column_has_to_be_there_and_numeric(arguments, message):
+    """The nearest name is told."""
+    table = pd.DataFrame({"cost": [1.0], "ttft": [1.0], "name": ["a"]})
+    with pytest.raises(vs.ConfigError, match=message):
+        vs.pareto(table, *arguments)
+
+
+def test_only_what_is_compared_can_be_maximised():
+    """A third column would be ignored."""
+    table = pd.DataFrame({"cost": [1.0], "ttft": [1.0], "mfu": [1.0]})
+    with pytest.raises(vs.ConfigError, match="maximise = 'mfu'"):
+        vs.pareto(table, "cost", "ttft", maximise=["mfu"])
+    with pytest.raises(vs.ConfigError, match="expected a table"):
+        vs.pareto([1, 2], "cost", "ttft")
+
+
+# Recommendations
+
+
+def test_the_cheapest_that_meets_the_slo_is_recommended(advice):
+    """One replica is too slow for 30 requests/s; two on the cheaper device are the least."""
+    assert advice.settings == {"cluster.device": "a100", "cluster.num_replicas": 2}
+    assert advice.cluster.num_replicas == 2
+    assert list(advice.table["verdict"]) == ["misses", "meets", "meets"] * 2
+    assert advice.table["cost_per_hour"].to_list() == [4.0, 8.0, 16.0, 2.0, 4.0, 8.0]
+    assert advice.objective == "cost_per_million_tokens"
+
+
+def test_it_says_how_sure_it_is(advice):
+    """The runner-up ran the same seeds: at twice the price the lead is sure."""
+    assert advice.runner_up in (1, 5)
+    assert advice.lead.low > 0
+    assert "surely better" in repr(advice)
+    assert advice.table["num_runs"].iloc[advice.best] == 4
+    assert advice.table["num_runs"].sum() == advice.num_runs
+
+
+def test_cost_is_price_times_devices_times_time(advice, cluster, workload):
+    """As `Result.cost` has it, mean over the runs."""
+    results = vs.replicate(advice.cluster, workload, 4)
+    costs = [result.cost(2.0)["cost_per_million_tokens"] for result in results]
+    row = advice.table.iloc[advice.best]
+    assert row["cost_per_million_tokens"] == pytest.approx(np.mean(costs))
+    energy = [result.energy()["kwh_per_million_tokens"] for result in results]
+    assert row["kwh_per_million_tokens"] == pytest.approx(np.mean(energy))
+
+
+@pytest.mark.parametrize(
+    ("objective", "replicas"), [("ttft:p90", 4), ("throughput", 4), ("energy", 2)]
+)
+def test_other_objectives(cluster, workload, objective, replicas):
+    """Four replicas are fastest; two take less energy."""
+    found = vs.recommend(
+        cluster,
+        workload,
+        SLO,
+        {"cluster.num_replicas": [1, 2, 4]},
+        objective=objective,
+        max_replications=4,
+    )
+    assert found.cluster.num_replicas == replicas
+
+
+def test_none_meets_an_slo_that_is_too_strict(cluster, workload):
+    """A batch alone takes 20 ms."""
+    grid = {"cluster.num_replicas": [1, 2]}
+    found = vs.recommend(
+        cluster, workload, {"ttft:p90": 0.01}, grid, price_per_gpu_hour=1.0, max_replications=2
+    )
+    assert found.best is None
+    assert found.settings == {}
+    assert "no configuration meets the SLO; row 1 comes closest" in repr(found)
+    with pytest.raises(vs.VidurError, match="no configuration meets"):
+        _ = found.cluster
+
+
+def test_what_does_not_fit_is_a_row_with_its_error(workload):
+    """A 70B model needs more than one device."""
+    grid = {"cluster.tensor_parallel_size": [1, 4]}
+    big = vs.Cluster(model="llama-3-70b", tensor_parallel_size=4, execution_time=vs.Linear())
+    found = vs.recommend(big, workload, SLO, grid, price_per_gpu_hour=1.0, max_replications=2)
+    assert found.table["error"].iloc[0].startswith("CapacityError")
+    assert found.settings == {"cluster.tensor_parallel_size": 4}
+    assert "no other configuration meets the SLO" in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs price_per_gpu_hour"),
+        ({"price_per_gpu_hour": {"a100": 2.0}}, "but no h100-80gb-sxm"),
+        ({"price_per_gpu_hour": -1.0}, "price_per_gpu_hour = -1.0"),
+        ({"objective": "cots"}, "did you mean 'cost'"),
+        ({"price_per_gpu_hour": 1.0, "method": "gird"}, "did you mean 'grid'"),
+    ],
+)
+def test_bad_arguments_are_told(cluster, workload, arguments, message):
+    """Before anything runs."""
+    with pytest.raises(vs.ConfigError, match=message):
+        vs.recommend(cluster, workload, SLO, {"cluster.num_replicas": [1, 2]}, **arguments)
+
+
+def test_an_empty_grid_is_told(cluster, workload):
+    """As by a sweep."""
+    with pytest.raises(vs.ConfigError, match="the grid is empty"):
+        vs.recommend(cluster, workload, SLO, {}, price_per_gpu_hour=1.0)
+
+
+# Halving
+
+
+@given(st.permutations(range(40)), st.floats(0.02, 1.0))
+@settings(max_examples=30, deadline=None)
+def test_halving_keeps_everyone_once_and_the_best_first(order, least_share):
+    """With ranks that do not change, the best survives; nobody is lost."""
+    efforts = []
+
+    def rank(candidates, share):
+        efforts.append((len(candidates), share))
+        return [(0, float(order[candidate])) for candidate in candidates]
+
+    ordered = successive_halving(40, rank, least_share=least_share)
+    assert sorted(ordered) == list(range(40))
+    assert efforts == sorted(efforts, key=lambda effort: -effort[0])
+    if efforts:
+        assert order[ordered[0]] == 0
+
+
+def test_halving_finds_what_the_whole_grid_finds(cluster, workload):
+    """With fewer requests simulated."""
+    grid = {
+        "cluster.num_replicas": [1, 2, 3, 4],
+        "cluster.replica_scheduler.chunk_size": [256, 512, 1024],
+        "cluster.replica_scheduler.max_num_seqs": [16, 128],
+    }
+    found = {
+        method: vs.recommend(
+            cluster,
+            workload,
+            SLO,
+            grid,
+            price_per_gpu_hour=1.0,
+            method=method,
+            max_replications=2,
+        )
+        for method in ("grid", "halving")
+    }
+    assert found["halving"].settings == found["grid"].settings
+    in_full = {method: (each.table["verdict"] != "").sum() for method, each in found.items()}
+    assert in_full["halving"] < in_full["grid"] == 24
+
+
+def test_the_recommendation_does_not_depend_on_the_workers(cluster, workload):
+    """One worker, two workers: the same table, bit for bit."""
+    cheap = vs.Workload(vs.Poisson(30.0), vs.FixedLengths(512, 4), num_requests=60)
+    one, two = (
+        vs.recommend(
+            cluster,
+            cheap,
+            SLO,
+            {"cluster.num_replicas": [1, 2]},
+            price_per_gpu_hour=1.0,
+            max_replications=2,
+            jobs=jobs,
+        )
+        for jobs in (1, 2)
+    )
+    assert one.table.equals(two.table)
+    assert (one.best, one.lead) == (two.best, two.lead)
+
+
+# Figures
+
+
+def test_a_front_is_drawn_among_those_that_meet_the_slo(advice):
+    """Axes come back, given or new; points are told apart by verdict."""
+    given = plt.subplots()[1]
+    axes = advice.plot(y="ttft_p90", ax=given)
+    assert axes is given
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"meets", "misses", "front"} <= set(texts)
+    front = advice.pareto("cost_per_million_tokens", "ttft_p90")
+    assert set(front["verdict"]) == {"meets"}
+    assert axes.get_title() == f"{len(front)} of 6 configurations are not beaten"
+    labelled = advice.plot("cost_per_hour", "ttft_p90", by="cluster.device", label="num_devices")
+    assert {text.get_text() for text in labelled.texts} <= {"1", "2", "4"}
+
+
+def test_latency_is_drawn_over_throughput(cluster, workload):
+    """A curve per configuration, a point per rate."""
+    grid = {"cluster.num_replicas": [1, 2], "workload.arrivals.rate": [10.0, 20.0, 30.0]}
+    sweep = vs.sweep(cluster, workload, grid)
+    axes = vs.plot_throughput_latency(sweep.table, "ttft_p90", by="cluster.num_replicas", limit=0.2)
+    curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert len(curves) == 2
+    assert axes.get_xlabel() == "output token throughput (per s)"
+    with pytest.raises(vs.ConfigError, match="unknown column 'ttft_p9'"):
+        vs.plot_throughput_latency(sweep.table, "ttft_p9")
+
+
+def test_a_front_of_nothing_says_so():
+    """A table whose runs all failed."""
+    table = pd.DataFrame({"cost": [np.nan], "ttft": [1.0]})
+    axes = vs.plot_front(table, "cost", "ttft")
+    assert "no row has a number" in axes.texts[0].get_text()
+
+
+# The benchmark
+
+
+def test_the_cost_search_finds_a_deployment_of_each_device(monkeypatch):
+    """Two deployments and few requests: best first, with how many runs it took."""
+    import cost_search
+
+    fleet = cost_search.deployments("h100-80gb-sxm")
+    assert len(fleet) == 50
+    assert all(each.cluster.num_devices == 16 for each in fleet)
+    monkeypatch.setattr(cost_search, "deployments", lambda device: fleet[22:24])
+    monkeypatch.setattr(cost_search, "SLO", vs.Slo({"ttft:p50": 2.0}))
+    row = cost_search.search("h100-80gb-sxm", "azure-code-2023", 60, jobs=1, exhaustive=True)
+    assert row["num_deployments"] == 2
+    assert row["requests_per_dollar"] == sorted(row["requests_per_dollar"], reverse=True)
+    assert row["num_runs"] > 4
