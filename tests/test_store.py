@@ -313,7 +313,7 @@ def test_an_entry_of_another_run_is_not_taken(tmp_path, run):
     store = open_store(tmp_path)
     store.save("a", run.described(), {"x": 1.0})
     os.rename(store.path("a"), store.path("b"))
-    with pytest.raises(DamagedEntryError, match="checksum"):
+    with pytest.raises(DamagedEntryError, match="is the run a"):
         store.load("b")
 
 

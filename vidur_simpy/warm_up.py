@@ -46,7 +46,7 @@ def warm_up_length(runs: Sequence[NDArray[np.float64]]) -> int:
 
     Several runs are averaged first, value by value. A simulation starts empty, so that its
     latencies warm up from below. MSER-5 alone also cuts runs that happen to start with a busy
-    spell, which belongs to what is measured: on M/M/1 that made means 1 to 11 % too low
+    spell, which belongs to what is measured: on M/M/1 that made means up to 12 % too low
     (``tests/benchmarks/interval_coverage.py --warm-up mser5``).
 
     Parameters

@@ -246,10 +246,11 @@ def figures_of(
     ConfigError
         If `metrics` gives something else than names and numbers.
     """
+    summary = result.summary()
     row = {
         f"{latency}_{statistic}": float(value)
-        for latency, statistics in result.summary().to_dict("index").items()
-        for statistic, value in statistics.items()
+        for latency, values in zip(summary.index, summary.to_numpy().tolist(), strict=True)
+        for statistic, value in zip(summary.columns, values, strict=True)
     }
     row |= {name: float(value) for name, value in result.figures.items()}
     row["simulated_time"] = float(result.info["simulated_time"])

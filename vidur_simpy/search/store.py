@@ -76,14 +76,13 @@ class Store:
             return None
         except (OSError, UnicodeDecodeError) as error:
             raise DamagedEntryError(f"{str(path)!r} cannot be read: {error}.") from None
-        try:
-            entry = json.loads(text)
-            checksum, figures = entry.pop("checksum"), entry["figures"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedEntryError(f"{str(path)!r} is damaged: {error!r}.") from None
-        if checksum != _digest(entry) or entry.get("key") != key:
+        head, _, rest = text.partition("\n")
+        if head != _head(rest):
             raise DamagedEntryError(f"{str(path)!r} is damaged: its checksum is another.")
-        return dict(figures)
+        entry = json.loads(text)
+        if entry["key"] != key:
+            raise DamagedEntryError(f"{str(path)!r} is the run {entry['key']}.")
+        return dict(entry["figures"])
 
     def save(self, key: str, described: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Keep the figures of a run; whoever looks finds all of it or nothing.
@@ -93,10 +92,10 @@ class Store:
         VidurError
             If the directory cannot be written, as when the disk is full.
         """
-        given = {"key": key, "run": dict(described), "figures": dict(figures)}
-        entry = json.loads(json.dumps(given))  # what it will be when it is read: keys are texts
+        entry = {"key": key, "figures": dict(figures), "run": dict(described)}
+        rest = json.dumps(entry).removeprefix("{")
         try:
-            _write(self.path(key), entry | {"checksum": _digest(entry)})
+            _write(self.path(key), f"{_head(rest)}\n{rest}")
         except OSError as error:
             raise VidurError(f"cannot keep a run in {str(self.directory)!r}: {error}.") from error
 
@@ -137,7 +136,7 @@ def open_store(directory: str | os.PathLike[str]) -> Store:
                 "format_version": FORMAT_VERSION,
                 "version": vidur_simpy.__version__,
             }
-            _write(folder / MANIFEST, manifest)
+            _write(folder / MANIFEST, json.dumps(manifest))
         (folder / "runs").mkdir(exist_ok=True)
     except OSError as error:
         raise VidurError(f"cannot keep runs in {str(folder)!r}: {error}.") from error
@@ -197,7 +196,7 @@ def key_of(described: Mapping[str, Any]) -> str:
         Plain data, as :func:`~vidur_simpy.config.dump_config` gives it.
     """
     content = {"run": _with_files(dict(described)), "code": _code()}
-    return _digest(content)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def unstorable(described: Any) -> list[str]:
@@ -262,16 +261,17 @@ def _version_of(package: str) -> str:
         return "none"
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _head(rest: str) -> str:
+    """Return the first line of an entry: a checksum of all that follows it."""
+    return f'{{"checksum": "{hashlib.sha256(rest.encode()).hexdigest()}",'
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     """Write a file that is there complete or not at all, whenever the process is killed."""
     handle, aside = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
+            file.write(text)
         os.replace(aside, path)
     except BaseException:
         os.unlink(aside)
