@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import vidur_simpy as vs
-from vidur_simpy.scaling import ScaledArrivals, mean_rate, with_rate
-from vidur_simpy.slo import MLPERF, read_slo
+from vidur_simpy.search.scaling import ScaledArrivals, mean_rate, with_rate
+from vidur_simpy.search.slo import MLPERF, read_slo
 
 mpl.use("Agg")
 
@@ -295,7 +295,7 @@ def test_the_answer_does_not_depend_on_the_workers():
 
 def test_joblib_is_not_needed_where_nobody_asks_for_workers(batching, monkeypatch):
     """Without it, runs are made one by one; asking for two names the extra."""
-    monkeypatch.setattr("vidur_simpy.trials.find_spec", lambda name: None)
+    monkeypatch.setattr("vidur_simpy.search.trials.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "joblib", None)
     settings = {"tolerance": 0.5, "max_replications": 2}
     found = vs.capacity(batching, poisson(60), {"ttft:p90": 0.05}, **settings)

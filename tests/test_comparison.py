@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import vidur_simpy as vs
 from vidur_simpy.columns import COLUMNS
-from vidur_simpy.resampling import Blocks, block_length, joint_intervals
 from vidur_simpy.result import Result
+from vidur_simpy.statistics.resampling import Blocks, block_length, joint_intervals
 
 mpl.use("Agg")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import vidur_simpy as vs
 from vidur_simpy import ConfigError, TraceError, read_measurement
+from vidur_simpy.exchange.vllm_bench import read_vllm_bench
 from vidur_simpy.measurements import Chunk, Iteration, measured_requests
-from vidur_simpy.vllm_bench import read_vllm_bench
 
 VLLM_CPU = Path("data/reference/vllm_cpu")
 BENCH = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 import vidur_simpy as vs
-from vidur_simpy.operator_plot import mean_times
+from vidur_simpy.plots.operator_bars import mean_times
 from vidur_simpy.result import NotAvailableError, Result
 
 WORKLOAD = vs.Workload(vs.Poisson(rate=20.0), vs.UniformLengths(2, 600, 4.0), num_requests=40)

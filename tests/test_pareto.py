@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vidur_simpy as vs
-from vidur_simpy.candidates import successive_halving
+from vidur_simpy.search.candidates import successive_halving
 
 mpl.use("Agg")
 

@@ -372,7 +372,7 @@ def test_gantt_of_many_replicas_has_room_for_names():
 
 def test_gantt_refuses_what_cannot_be_seen(monkeypatch):
     """A window of too many bars says how many, and what to give."""
-    monkeypatch.setattr(plots, "MAX_BARS", 50)
+    monkeypatch.setattr("vidur_simpy.plots.stages.MAX_BARS", 50)
     with pytest.raises(ConfigError, match="has 60 bars: expected at most 50; give a shorter"):
         plots.gantt(made([1.0], stages=stages(100)))
     with pytest.raises(ConfigError, match="duration = 0"):

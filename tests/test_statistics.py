@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 import vidur_simpy as vs
-from vidur_simpy.intervals import (
+from vidur_simpy.statistics.intervals import (
     difference_interval,
     mean_interval,
     num_values_needed,
     quantile_interval,
 )
-from vidur_simpy.warm_up import mser5, warm_up_length
+from vidur_simpy.statistics.warm_up import mser5, warm_up_length
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

@@ -16,9 +16,9 @@ import pytest
 
 import vidur_simpy as vs
 from vidur_simpy.errors import VidurError
+from vidur_simpy.exchange.trace_export import FIRST_REPLICA, ROUTER
 from vidur_simpy.result import NotAvailableError, Result
 from vidur_simpy.series import load_samples
-from vidur_simpy.trace_export import FIRST_REPLICA, ROUTER
 
 ALL = ("batches", "stages", "events")
 AWKWARD = "<b>\"Zoë\" & 'co'</b>\n\t\\ 漢字 🚀 \u2028"

@@ -13,10 +13,10 @@ import pytest
 import vidur_simpy as vs
 from vidur_simpy import plots
 from vidur_simpy.errors import TraceError, VidurError
+from vidur_simpy.exchange.token_times import gaps_between_tokens
+from vidur_simpy.exchange.vllm_bench import read_vllm_bench
 from vidur_simpy.result import NotAvailableError
 from vidur_simpy.summary import LATENCIES
-from vidur_simpy.token_times import gaps_between_tokens
-from vidur_simpy.vllm_bench import read_vllm_bench
 
 mpl.use("Agg")
 

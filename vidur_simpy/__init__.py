@@ -18,13 +18,14 @@ __version__ = "0.1.0"
 
 # The shelf: module -> the public names it holds. Nothing is imported before it is used.
 _SHELF = {
-    "calibration": ["Calibration", "calibrate"],
-    "capacity_search": ["Capacity", "capacity"],
+    "calibration": ["Calibration", "calibrate", "simulate_with_uncertainty"],
     "cluster": ["Cluster"],
     "columns": ["COLUMNS"],
     "comparison": ["Comparison", "compare"],
     "config": ["dump_config", "load_config"],
     "decode_set": ["DecodeSet"],
+    "deployment": ["Deployment"],
+    "dictionary": ["metrics_dictionary"],
     "entities": ["Batch", "PrefillChunk", "Request"],
     "errors": [
         "CapacityError",
@@ -48,15 +49,10 @@ _SHELF = {
         "RandomRouting",
         "RoundRobin",
     ],
-    "deployment": ["Deployment"],
-    "dictionary": ["metrics_dictionary"],
     "hardware": ["Device", "Model"],
-    "intervals": ["Interval"],
     "kernel": ["Environment", "EventType"],
     "kv_cache": ["KVCache"],
     "measurements": ["MeasuredIterations", "MeasuredRequests", "read_measurement"],
-    "fronts": ["pareto"],
-    "recommendation": ["Recommendation", "recommend"],
     "replica_scheduler": [
         "ContinuousBatching",
         "FasterTransformer",
@@ -69,13 +65,21 @@ _SHELF = {
         "VllmV1",
     ],
     "result": ["Result", "load_records", "load_result", "load_vllm_bench"],
-    "search": ["Sweep", "sweep"],
-    "search_plots": ["plot_front", "plot_throughput_latency"],
+    "search": [
+        "Capacity",
+        "Recommendation",
+        "Slo",
+        "Sweep",
+        "capacity",
+        "pareto",
+        "plot_front",
+        "plot_throughput_latency",
+        "recommend",
+        "replicate",
+        "sweep",
+    ],
     "simulation": ["Simulation", "simulate"],
-    "slo": ["Slo"],
-    "statistics": ["interval", "paired_difference"],
-    "trials": ["replicate"],
-    "uncertainty": ["simulate_with_uncertainty"],
+    "statistics": ["Interval", "interval", "paired_difference"],
     "workload": [
         "AllAtOnce",
         "Constant",
@@ -180,8 +184,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from vidur_simpy.calibration import Calibration, calibrate
-    from vidur_simpy.capacity_search import Capacity, capacity
+    from vidur_simpy.calibration import Calibration, calibrate, simulate_with_uncertainty
     from vidur_simpy.cluster import Cluster
     from vidur_simpy.columns import COLUMNS
     from vidur_simpy.comparison import Comparison, compare
@@ -206,7 +209,6 @@ if TYPE_CHECKING:
         Roofline,
         RooflineFactors,
     )
-    from vidur_simpy.fronts import pareto
     from vidur_simpy.global_scheduler import (
         LeastOutstandingRequests,
         LeastWaitingRequests,
@@ -214,15 +216,9 @@ if TYPE_CHECKING:
         RoundRobin,
     )
     from vidur_simpy.hardware import Device, Model
-    from vidur_simpy.intervals import Interval
     from vidur_simpy.kernel import Environment, EventType
     from vidur_simpy.kv_cache import KVCache
-    from vidur_simpy.measurements import (
-        MeasuredIterations,
-        MeasuredRequests,
-        read_measurement,
-    )
-    from vidur_simpy.recommendation import Recommendation, recommend
+    from vidur_simpy.measurements import MeasuredIterations, MeasuredRequests, read_measurement
     from vidur_simpy.replica_scheduler import (
         ContinuousBatching,
         FasterTransformer,
@@ -235,13 +231,21 @@ if TYPE_CHECKING:
         VllmV1,
     )
     from vidur_simpy.result import Result, load_records, load_result, load_vllm_bench
-    from vidur_simpy.search import Sweep, sweep
-    from vidur_simpy.search_plots import plot_front, plot_throughput_latency
+    from vidur_simpy.search import (
+        Capacity,
+        Recommendation,
+        Slo,
+        Sweep,
+        capacity,
+        pareto,
+        plot_front,
+        plot_throughput_latency,
+        recommend,
+        replicate,
+        sweep,
+    )
     from vidur_simpy.simulation import Simulation, simulate
-    from vidur_simpy.slo import Slo
-    from vidur_simpy.statistics import interval, paired_difference
-    from vidur_simpy.trials import replicate
-    from vidur_simpy.uncertainty import simulate_with_uncertainty
+    from vidur_simpy.statistics import Interval, interval, paired_difference
     from vidur_simpy.workload import (
         AllAtOnce,
         Constant,

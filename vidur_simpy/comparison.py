@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy import plots
-from vidur_simpy.differences import Pair, judge, why_not_paired
-from vidur_simpy.drawing import ABOVE, COLOURS, make_axes, say_empty, unit_of
 from vidur_simpy.errors import ConfigError
-from vidur_simpy.resampling import MIN_BLOCKS
+from vidur_simpy.plots.drawing import ABOVE, COLOURS, make_axes, say_empty, unit_of
 from vidur_simpy.result import Result
+from vidur_simpy.statistics.differences import Pair, judge, why_not_paired
+from vidur_simpy.statistics.resampling import MIN_BLOCKS
 from vidur_simpy.summary import digits, html_table
 
 if TYPE_CHECKING:

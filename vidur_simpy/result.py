@@ -14,10 +14,10 @@ from vidur_simpy import plots
 from vidur_simpy.columns import COLUMNS
 from vidur_simpy.economics import Economics
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
-from vidur_simpy.exports import Exports
+from vidur_simpy.exchange.exports import Exports
 from vidur_simpy.record_columns import read_records, recorded_columns_of
 from vidur_simpy.request_log import request_columns
-from vidur_simpy.statistics import interval
+from vidur_simpy.statistics.estimates import interval
 from vidur_simpy.storage import Columns, frame, read_result, write_result
 from vidur_simpy.summary import (
     as_html,
@@ -455,7 +455,7 @@ def load_vllm_bench(path: str | os.PathLike[str]) -> Result:
     ``makespan``, and with it each throughput, is from the first arrival to the last completion;
     the tool's ``duration`` may begin earlier.
     """
-    from vidur_simpy.vllm_bench import read_vllm_bench
+    from vidur_simpy.exchange.vllm_bench import read_vllm_bench
 
     bench = read_vllm_bench(path)
     tables = bench.tables()

@@ -198,16 +198,16 @@ def _delayed(
 
 def pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:
     """Wait for what an interrupt's cause says: seconds, or an event."""
-    over = _end_ofpause(env, interrupt)
+    over = _end_of_pause(env, interrupt)
     while True:
         try:
             yield over
             return
         except simpy.Interrupt as another:
-            over = over & _end_ofpause(env, another)
+            over = over & _end_of_pause(env, another)
 
 
-def _end_ofpause(env: Environment, interrupt: simpy.Interrupt) -> Event:
+def _end_of_pause(env: Environment, interrupt: simpy.Interrupt) -> Event:
     cause = interrupt.cause
     if isinstance(cause, Event):
         return cause

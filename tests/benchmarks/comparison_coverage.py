@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 
-from vidur_simpy.resampling import Blocks, block_length, joint_intervals
+from vidur_simpy.statistics.resampling import Blocks, block_length, joint_intervals
 
 QUANTILES = (0.5, 0.9, 0.99)
 

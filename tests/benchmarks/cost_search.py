@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import vidur_simpy as vs
-from vidur_simpy.candidates import successive_halving
-from vidur_simpy.trials import outcomes
+from vidur_simpy.search.candidates import successive_halving
+from vidur_simpy.search.trials import outcomes
 
 NUM_GPUS = 16
 PRICES = {"h100-80gb-sxm": 4.0, "a100-80gb-sxm": 2.0}

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from vidur_simpy.intervals import Interval, mean_interval, quantile_interval
-from vidur_simpy.warm_up import mser5, warm_up_length
+from vidur_simpy.statistics.intervals import Interval, mean_interval, quantile_interval
+from vidur_simpy.statistics.warm_up import mser5, warm_up_length
 
 WARM_UPS: dict[str, Callable[[list[NDArray[np.float64]]], int]] = {
     "guarded": warm_up_length,

@@ -37,6 +37,7 @@ import json
 from pathlib import Path
 
 from vidur_simpy.errors import TraceError
+from vidur_simpy.exchange.vllm_bench import read_vllm_bench
 from vidur_simpy.measurements.columns import UNITS, find
 from vidur_simpy.measurements.iterations import (
     DURATION,
@@ -51,7 +52,6 @@ from vidur_simpy.measurements.requests import (
     measured_requests,
     requests_of,
 )
-from vidur_simpy.vllm_bench import read_vllm_bench
 from vidur_simpy.workload.tables import read_table
 
 __all__ = [

@@ -16,7 +16,7 @@ from vidur_simpy.workload.requests import RequestArrays
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vidur_simpy.vllm_bench import VllmBench
+    from vidur_simpy.exchange.vllm_bench import VllmBench
     from vidur_simpy.workload.tables import Table
 
 __all__ = ["OUTPUT", "MeasuredRequests", "measured_requests", "requests_of"]

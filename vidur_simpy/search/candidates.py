@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.errors import VidurError
-from vidur_simpy.intervals import Interval, mean_interval
-from vidur_simpy.scaling import num_requests_of, with_share
-from vidur_simpy.search import Point
-from vidur_simpy.slo import Slo, Verdict
-from vidur_simpy.summary import digits
-from vidur_simpy.trials import (
+from vidur_simpy.search.grid import Point
+from vidur_simpy.search.scaling import num_requests_of, with_share
+from vidur_simpy.search.slo import Slo, Verdict
+from vidur_simpy.search.trials import (
     Observation,
     Trial,
     columns_of,
@@ -25,6 +23,8 @@ from vidur_simpy.trials import (
     outcomes,
     try_out,
 )
+from vidur_simpy.statistics.intervals import Interval, mean_interval
+from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,10 +12,15 @@ import numpy as np
 from pydantic import SkipValidation
 
 from vidur_simpy.errors import ConfigError, unknown_name
-from vidur_simpy.intervals import MIN_EFFECTIVE, Interval, mean_interval, quantile_interval
+from vidur_simpy.statistics.intervals import (
+    MIN_EFFECTIVE,
+    Interval,
+    mean_interval,
+    quantile_interval,
+)
+from vidur_simpy.statistics.warm_up import is_half, warm_up_length
 from vidur_simpy.summary import num_output_tokens
 from vidur_simpy.validation import configuration
-from vidur_simpy.warm_up import is_half, warm_up_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -56,7 +56,7 @@ class Exports:
         VidurError
             If the file is there, or cannot be written.
         """
-        from vidur_simpy.bench_files import write_vllm_bench
+        from vidur_simpy.exchange.bench_files import write_vllm_bench
 
         result = cast("Result", self)
         write_vllm_bench(
@@ -90,7 +90,7 @@ class Exports:
         VidurError
             If the file is there, or cannot be written.
         """
-        from vidur_simpy.bench_files import write_aiperf_csv
+        from vidur_simpy.exchange.bench_files import write_aiperf_csv
 
         write_aiperf_csv(cast("Result", self), path, slo=slo, overwrite=overwrite)
 
@@ -118,7 +118,7 @@ class Exports:
         VidurError
             If the file is there, or cannot be written.
         """
-        from vidur_simpy.trace_export import write_chrome_trace
+        from vidur_simpy.exchange.trace_export import write_chrome_trace
 
         write_chrome_trace(cast("Result", self), path, overwrite=overwrite)
 
@@ -142,6 +142,6 @@ class Exports:
         VidurError
             If the file is there, or cannot be written.
         """
-        from vidur_simpy.trace_export import write_event_trace
+        from vidur_simpy.exchange.trace_export import write_event_trace
 
         write_event_trace(cast("Result", self), path, overwrite=overwrite)

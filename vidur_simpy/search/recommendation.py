@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vidur_simpy.candidates import Candidates
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
-from vidur_simpy.fronts import pareto
 from vidur_simpy.hardware import Device
-from vidur_simpy.intervals import Interval
-from vidur_simpy.scaling import is_random
-from vidur_simpy.search import Grid, Point, points_of, replication_seeds
-from vidur_simpy.search_plots import plot_front
-from vidur_simpy.slo import Slo, read_slo
+from vidur_simpy.search.candidates import Candidates
+from vidur_simpy.search.fronts import pareto
+from vidur_simpy.search.grid import Grid, Point, points_of
+from vidur_simpy.search.runs import replication_seeds
+from vidur_simpy.search.scaling import is_random
+from vidur_simpy.search.search_plots import plot_front
+from vidur_simpy.search.slo import Slo, read_slo
+from vidur_simpy.statistics.intervals import Interval
 from vidur_simpy.summary import LATENCIES, QUANTILES, digits
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Recommendation:
             Columns of `table`; x is the objective if None.
         ax : Axes, optional
         **options
-            As :func:`~vidur_simpy.search_plots.plot_front` takes them.
+            As :func:`~vidur_simpy.search.search_plots.plot_front` takes them.
         """
         shown = self.table[self.table["verdict"] != ""]
         meets = (shown["verdict"] == "meets").to_list()

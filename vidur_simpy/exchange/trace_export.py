@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vidur_simpy.files import new_file
+from vidur_simpy.exchange.files import new_file
 from vidur_simpy.series import load_samples
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidur_simpy.calibration.replay import lowest_of
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.execution_time import Calibrated
 from vidur_simpy.execution_time.calibrated import PARAMETERS
-from vidur_simpy.replay import lowest_of
 from vidur_simpy.simulation import simulate
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.drawing import (
+from vidur_simpy.errors import unknown_name
+from vidur_simpy.plots.drawing import (
     ABOVE,
     BLUE,
     COLOURS,
@@ -18,16 +19,15 @@ from vidur_simpy.drawing import (
     make_axes,
     say_empty,
 )
-from vidur_simpy.errors import unknown_name
-from vidur_simpy.fronts import pareto
+from vidur_simpy.search.fronts import pareto
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from vidur_simpy.capacity_search import Capacity
-    from vidur_simpy.slo import Requirement
+    from vidur_simpy.search.capacity_search import Capacity
+    from vidur_simpy.search.slo import Requirement
 
 __all__ = ["capacity_curve", "plot_front", "plot_throughput_latency"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.errors import ConfigError
-from vidur_simpy.files import new_file
+from vidur_simpy.exchange.files import new_file
+from vidur_simpy.exchange.token_times import gaps_between_tokens
 from vidur_simpy.summary import num_output_tokens, ratio, weighted_quantiles
-from vidur_simpy.token_times import gaps_between_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

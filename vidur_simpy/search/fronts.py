@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.errors import ConfigError, unknown_name
-from vidur_simpy.search import figures_of
+from vidur_simpy.search.runs import figures_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidur_simpy.errors import ConfigError
-from vidur_simpy.intervals import (
+from vidur_simpy.series import numbers
+from vidur_simpy.statistics.intervals import (
     Interval,
     difference_interval,
     mean_interval,
     quantile_interval,
 )
-from vidur_simpy.series import numbers
-from vidur_simpy.warm_up import is_half, warm_up_length
+from vidur_simpy.statistics.warm_up import is_half, warm_up_length
 
 if TYPE_CHECKING:
     from typing import TypeAlias

@@ -13,8 +13,8 @@ import numpy as np
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.parallel import as_completed
-from vidur_simpy.search import Run, figures_of, replication_seeds
-from vidur_simpy.slo import Assessment, Slo, Verdict, assess, combined_verdict, ratios
+from vidur_simpy.search.runs import Run, figures_of, replication_seeds
+from vidur_simpy.search.slo import Assessment, Slo, Verdict, assess, combined_verdict, ratios
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

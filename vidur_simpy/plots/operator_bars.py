@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.drawing import (
+from vidur_simpy.plots.drawing import (
     ABOVE,
     BLUE,
     GREEN,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from vidur_simpy import search_plots
 from vidur_simpy.errors import ConfigError
-from vidur_simpy.scaling import is_random, mean_rate, with_rate
-from vidur_simpy.search import replication_seeds
-from vidur_simpy.slo import Slo, read_slo
+from vidur_simpy.search import search_plots
+from vidur_simpy.search.runs import replication_seeds
+from vidur_simpy.search.scaling import is_random, mean_rate, with_rate
+from vidur_simpy.search.slo import Slo, read_slo
+from vidur_simpy.search.trials import Trial, columns_of, try_out
 from vidur_simpy.summary import digits
-from vidur_simpy.trials import Trial, columns_of, try_out
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def capacity(
     """Find the highest arrival rate at which a cluster meets an SLO.
 
     The rate is doubled or halved until the SLO is surely missed and surely met, and then bisected.
-    At each rate the same requests run (see :func:`~vidur_simpy.scaling.with_rate`), first
+    At each rate the same requests run (see :func:`~vidur_simpy.search.scaling.with_rate`), first
     with two seeds and then with twice as many, until the whole confidence interval lies on one
     side of the limit; all runs so far count. Where `max_replications` do not settle it, the search
     goes on beside that rate and ends when nothing closer can be told.

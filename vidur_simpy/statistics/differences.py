@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.intervals import name_of_quantile, num_values_needed
-from vidur_simpy.resampling import MIN_BLOCKS, Blocks, block_length, joint_intervals
 from vidur_simpy.series import numbers
+from vidur_simpy.statistics.intervals import name_of_quantile, num_values_needed
+from vidur_simpy.statistics.resampling import MIN_BLOCKS, Blocks, block_length, joint_intervals
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:

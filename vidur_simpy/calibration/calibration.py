@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.cluster import Cluster
-from vidur_simpy.errors import ConfigError, ProfileError, unknown_name
-from vidur_simpy.execution_time import Calibrated
-from vidur_simpy.execution_time.calibrated import PARAMETERS
-from vidur_simpy.fitting import (
+from vidur_simpy.calibration.fitting import (
     ROBUST_AT,
     Fit,
     averaged_least_squares,
@@ -24,9 +20,7 @@ from vidur_simpy.fitting import (
     drift_of,
     robust_least_squares,
 )
-from vidur_simpy.hardware import Model
-from vidur_simpy.measurements import MeasuredIterations, MeasuredRequests, read_measurement
-from vidur_simpy.replay import (
+from vidur_simpy.calibration.replay import (
     REQUEST_SPREAD,
     START,
     Replay,
@@ -36,6 +30,12 @@ from vidur_simpy.replay import (
     model_of,
     prior_of,
 )
+from vidur_simpy.cluster import Cluster
+from vidur_simpy.errors import ConfigError, ProfileError, unknown_name
+from vidur_simpy.execution_time import Calibrated
+from vidur_simpy.execution_time.calibrated import PARAMETERS
+from vidur_simpy.hardware import Model
+from vidur_simpy.measurements import MeasuredIterations, MeasuredRequests, read_measurement
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,156 @@
+"""Distributions of a metric over requests, and quantiles over time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vidur_simpy.errors import ConfigError
+from vidur_simpy.plots.drawing import (
+    BLUE,
+    COLOURS,
+    LINE_STYLES,
+    MARKS,
+    ORANGE,
+    VERMILLION,
+    label_of,
+    make_axes,
+    make_logarithmic,
+    mark_look,
+    marks_of,
+    name_of,
+    say_empty,
+    unit_of,
+)
+from vidur_simpy.series import (
+    distribution,
+    distribution_steps,
+    numbers,
+    round_window,
+    windowed_quantiles,
+)
+from vidur_simpy.summary import digits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from vidur_simpy.result import Result
+
+__all__ = ["cdf", "quantiles"]
+
+
+def cdf(
+    result: Result,
+    metric: str = "ttft",
+    ax: Axes | None = None,
+    *,
+    complementary: bool = False,
+    log: bool = False,
+    label: str | None = None,
+) -> Axes:
+    """Draw the distribution of a metric over the requests that have a value.
+
+    Parameters
+    ----------
+    result : Result
+    metric : str
+        A numeric column of ``result.requests``, or ``"itl"`` (needs recorded tokens), whose
+        distribution is over output tokens.
+    ax : Axes, optional
+        Where to draw; curves of several results fit on one.
+    complementary : bool
+        Draw the share that is at least x, on a logarithmic axis: it shows the tail.
+    log : bool
+        Make the x axis logarithmic; values that are not positive are then not seen.
+    label : str, optional
+        Name of the curve in the legend.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such metric.
+    """
+    values, shares = distribution(result, metric)
+    ax = make_axes(ax)
+    if len(values):
+        index = sum(line.get_gid() == "cdf" for line in ax.lines)
+        colour = COLOURS[index % len(COLOURS)]
+        style = LINE_STYLES[index % len(LINE_STYLES)]
+        marks = marks_of(result, metric, values)
+        listed = ", ".join(f"{name} {digits(value)}" for name, value in marks.items())
+        x, y = distribution_steps(values, shares, complementary=complementary)
+        drawstyle = "steps-pre" if complementary else "steps-post"
+        (line,) = ax.plot(x, y, style, color=colour, drawstyle=drawstyle)
+        line.set_gid("cdf")
+        line.set_label(f"{label}: {listed}{unit_of(metric)}" if label else listed + unit_of(metric))
+        at = np.array(list(marks.values()))
+        below = np.searchsorted(values, at, side="left" if complementary else "right")
+        heights = np.concatenate(([0.0], shares))[below]
+        ax.plot(at, 1 - heights if complementary else heights, "o", **mark_look(colour))
+        ax.legend(loc="upper right" if complementary else "lower right", fontsize="small")
+    else:
+        say_empty(ax, f"no request has a value of {metric}")
+    what = "output tokens" if metric == "itl" else "requests"
+    if complementary:
+        ax.set_yscale("log")
+        ax.set_ylabel(f"share of {what} at or above")
+    else:
+        ax.set_ylim(0, 1.03)
+        ax.set_ylabel(f"share of {what} at or below")
+    if log and len(values) and values[-1] > 0:
+        make_logarithmic(ax)
+    elif len(values) and values[0] >= 0:
+        ax.set_xlim(left=0)
+    ax.set_xlabel(label_of(metric))
+    ax.set_title(f"Distribution of the {name_of(metric)}")
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def quantiles(
+    result: Result,
+    metric: str = "ttft",
+    ax: Axes | None = None,
+    *,
+    window: float | None = None,
+) -> Axes:
+    """Draw p50, p90 and p99 of a metric over time, by windows of arrival.
+
+    Parameters
+    ----------
+    result : Result
+    metric : str
+        A numeric column of ``result.requests``.
+    ax : Axes, optional
+    window : float, optional
+        Length of a window in seconds; by default a round number that makes at most 40 windows of
+        25 requests or more on average. Windows without a value are gaps.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such metric, or the window is not positive.
+    """
+    if window is not None and not window > 0:
+        raise ConfigError(f"quantiles(): window = {window!r}: expected a positive number of s.")
+    values = numbers(result.requests, metric)
+    arrived_at = result.requests["arrived_at"].to_numpy()[~np.isnan(values)]
+    values = values[~np.isnan(values)]
+    ax = make_axes(ax)
+    if len(values):
+        window = window or round_window(arrived_at)
+        middles, rows = windowed_quantiles(arrived_at, values, window, list(MARKS.values()))
+        looks = (("p50", BLUE, "o-"), ("p90", ORANGE, "s--"), ("p99", VERMILLION, "^:"))
+        for (name, colour, look), row in zip(looks, rows, strict=True):
+            ax.plot(middles, row, look, color=colour, markersize=3.5, label=name)
+        ax.set_ylim(bottom=min(0.0, float(values.min())))
+        ax.legend(fontsize="small")
+        ax.set_title(f"{name_of(metric).capitalize()}, by windows of {window:g} s")
+    else:
+        say_empty(ax, f"no request has a value of {metric}")
+        ax.set_title(name_of(metric).capitalize())
+    ax.set_xlabel("arrival (s)")
+    ax.set_ylabel(label_of(metric))
+    ax.grid(alpha=0.3)
+    return ax
