@@ -113,16 +113,21 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.arrived_at = arrived_at
-        self.num_prefill_tokens = _num_tokens("num_prefill_tokens", num_prefill_tokens)
-        self.num_decode_tokens = _num_tokens("num_decode_tokens", num_decode_tokens)
-        self.num_tokens = self.num_prefill_tokens + self.num_decode_tokens
+        if not (type(num_prefill_tokens) is int and num_prefill_tokens >= 1):
+            num_prefill_tokens = _num_tokens("num_prefill_tokens", num_prefill_tokens)
+        if not (type(num_decode_tokens) is int and num_decode_tokens >= 1):
+            num_decode_tokens = _num_tokens("num_decode_tokens", num_decode_tokens)
+        self.num_prefill_tokens = num_prefill_tokens
+        self.num_decode_tokens = num_decode_tokens
+        self.num_tokens = num_prefill_tokens + num_decode_tokens
         self.priority = priority
         self.deadline = deadline
         self.deadline_time: float | None = None
         self.session_id = session_id
         self.hash_ids = hash_ids
-        self.hash_block_size = _num_tokens("hash_block_size", hash_block_size)
-        if hash_ids is not None:
+        self.hash_block_size = hash_block_size
+        if hash_ids is not None or hash_block_size != 512:
+            self.hash_block_size = _num_tokens("hash_block_size", hash_block_size)
             self._check_hash_ids()
         self.replica_id: int | None = None
         self.scheduled_at: float | None = None
@@ -131,7 +136,7 @@ class Request:
         self.refusal = ""
         self.done: simpy.Event | None = None
         self.num_restarts = 0
-        self.prefill_target = self.num_prefill_tokens
+        self.prefill_target = num_prefill_tokens
         self.num_scheduled_tokens = 0
         self.num_cached_tokens: int | None = None
         self.is_prefill_complete = False
@@ -199,7 +204,8 @@ class Request:
         self.num_restarts += 1
 
     def _check_hash_ids(self) -> None:
-        assert self.hash_ids is not None
+        if self.hash_ids is None:
+            return
         needed = -(-self.num_prefill_tokens // self.hash_block_size)
         if len(self.hash_ids) != needed:
             raise ConfigError(
@@ -210,8 +216,6 @@ class Request:
 
 def _num_tokens(name: str, given: int) -> int:
     """Return a length as an int, if it is one."""
-    if type(given) is int and given >= 1:
-        return given
     try:
         num_tokens = index(given)
     except TypeError:  # a text, a float, NaN
@@ -302,28 +306,25 @@ class Batch:
     ) -> None:
         self.decodes = decodes
         self.prefills = prefills
-        if decodes is None:
-            self.num_decodes = self.decode_context = 0
-        else:
-            self.num_decodes = len(decodes.members)
-            self.decode_context = decodes.num_processed_tokens + self.num_decodes
+        num_decodes = context = 0
+        if decodes is not None:
+            num_decodes = len(decodes.members)
+            context = decodes.num_processed_tokens + num_decodes
+        self.num_decodes = num_decodes
+        self.decode_context = pairs = context
         num_prefill_tokens = 0
-        context = pairs = self.decode_context
         for chunk in prefills:
-            num_tokens = chunk.num_tokens
+            num_tokens, chunk_context = chunk.num_tokens, chunk.context
             num_prefill_tokens += num_tokens
-            context += chunk.context
+            context += chunk_context
             # The last token of a chunk sees its whole context, the first the fewest.
-            pairs += num_tokens * chunk.context - num_tokens * (num_tokens - 1) // 2
+            pairs += num_tokens * chunk_context - num_tokens * (num_tokens - 1) // 2
         self.num_prefill_tokens = num_prefill_tokens
-        self.num_tokens = self.num_decodes + num_prefill_tokens
+        self.num_tokens = num_decodes + num_prefill_tokens
         self.total_context = context
         self.num_attention_pairs = pairs
-        self.replica_id = -1
-        self.batch_index = -1
-        self.scheduled_at = 0.0
-        self.stage_started_at = 0.0
-        self.execution_time = 0.0
+        self.replica_id = self.batch_index = -1
+        self.scheduled_at = self.stage_started_at = self.execution_time = 0.0
 
     def __repr__(self) -> str:
         return (

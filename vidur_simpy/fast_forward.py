@@ -52,7 +52,6 @@ class FastStage:
     """
 
     __slots__ = (
-        "_busy_times",
         "_decode_times",
         "_duration",
         "_durations",
@@ -61,6 +60,7 @@ class FastStage:
         "_ends",
         "_env",
         "_is_alone",
+        "_is_plain",
         "_is_first",
         "_is_last",
         "_limit",
@@ -80,14 +80,15 @@ class FastStage:
         self._is_first = stage.stage_id == 0
         self._is_last = stage.stage_id == replica.num_stages - 1
         self._is_alone = replica.num_stages == 1
+        # One batch after the other on one stage: the next begins where the last has ended.
+        self._is_plain = self._is_alone and not replica.plans_ahead
         where = (replica.replica_id, stage.stage_id)
         self._end = Signal(env, EventType.BATCH_STAGE_END, where, self._ended)
         self._end_event: TypedEvent | None = None
         self._duration = 0.0
-        may_run = self._is_alone and not replica.plans_ahead and _knows_runs(replica.scheduler)
-        self._decode_times: Any = getattr(stage.stage_time, "decode_times", None)
-        if not may_run:
-            self._decode_times = None
+        self._decode_times: Any = None
+        if self._is_plain and _knows_runs(replica.scheduler):
+            self._decode_times = getattr(stage.stage_time, "decode_times", None)
         self._limit = _SHORTEST
         self._durations: Numbers = ()
         self._ends: Numbers = ()
@@ -98,13 +99,21 @@ class FastStage:
 
     def start(self, now: float) -> None:
         """Execute the first batch queued; the stage is idle."""
-        stage = self._stage
-        batch = stage.queue.popleft()
-        stage.users.append(batch)
-        if self._decode_times is not None and not batch.prefills and self._start_run(batch, now):
-            return
-        self._duration = duration = stage.start(batch)
-        self._end_event = self._end.at(now + duration, batch)
+        batch = self._stage.queue.popleft()
+        self._wait_for_end(batch, self._begin(batch, now))
+
+    def _begin(self, batch: Batch, now: float) -> float:
+        """Execute a batch, or a run of which it is the first; return the instant of the end."""
+        if self._decode_times is not None and not batch.prefills and self._plan_run(batch, now):
+            return float(self._ends[-1])
+        self._duration = duration = self._stage.start(batch)
+        return now + duration
+
+    def _wait_for_end(self, batch: Batch, ends_at: float) -> None:
+        self._stage.users.append(batch)
+        self._end_event = self._end.at(ends_at, batch)
+        if self._num_steps:
+            self._env.shortcuts[self] = None
 
     def _ended(self, event: TypedEvent) -> None:
         """At BATCH_STAGE_END: hand the batch on, take the next one, let the replica form one."""
@@ -112,11 +121,51 @@ class FastStage:
         batch: Batch = event._value
         self._end_event = None
         if self._num_steps:
+            del self._env.shortcuts[self]
             self._end_run(batch)
         if self._listeners or stage.put_queue:
             stage.finish(batch, self._duration)
             return
-        now = self._env._now
+        stage.users.clear()
+        if self._is_plain:
+            self._go_on(batch)
+        else:
+            self._hand_on(batch)
+
+    def _go_on(self, batch: Batch) -> None:
+        """End a batch, form the next, and so on until something else is due before its end."""
+        env, stage, replica = self._env, self._stage, self._replica
+        queue = env._queue
+        while True:
+            now = env._now
+            stage.note_end(batch, self._duration, now)
+            replica.end_first_stage(batch)
+            if queue and queue[0][0] <= now:
+                replica.batch_end.raise_now(batch)
+                replica.schedule.raise_now()
+                return
+            replica.end_batch(batch, now)
+            if (queue and queue[0][0] <= now) or not replica.may_form:
+                replica.wake(2)
+                return
+            next_batch = replica.next_batch(now, 2)
+            if next_batch is None:
+                return
+            batch = next_batch
+            replica.pool.validate()
+            ends_at = self._begin(batch, now)
+            if (queue and queue[0][0] <= ends_at) or env.is_interrupted:
+                replica.hold_first_stage()
+                self._wait_for_end(batch, ends_at)
+                return
+            env._now = ends_at
+            next(env._eid)  # the end that needed no event
+            if self._num_steps:
+                self._end_run(batch)
+
+    def _hand_on(self, batch: Batch) -> None:
+        """End a batch on one of several stages, or of a replica that plans ahead."""
+        stage, now = self._stage, self._env._now
         stage.note_end(batch, self._duration, now)
         replica = self._replica
         if self._is_first:
@@ -145,7 +194,8 @@ class FastStage:
             assert event is not None
             ends_at = float(self._ends[self._num_settled])
             self._duration = float(self._durations[self._num_settled])
-            self._forget_run()
+            self._num_steps = 0
+            del self._env.shortcuts[self]
         else:
             ends_at = event._value.stage_started_at + self._duration
         batch: Batch = event._value
@@ -155,8 +205,8 @@ class FastStage:
 
     # -- a run of iterations -------------------------------------------------------------------
 
-    def _start_run(self, batch: Batch, now: float) -> bool:
-        """Let one event stand for the next iterations, if they are known."""
+    def _plan_run(self, batch: Batch, now: float) -> bool:
+        """Let one end stand for those of the next iterations, if they are known."""
         num_steps = 1 + min(self._replica.scheduler.steady_steps(batch), self._limit - 1)  # type: ignore[attr-defined]
         if num_steps < 3:
             return False
@@ -168,8 +218,6 @@ class FastStage:
         batch.stage_started_at = now
         self._durations, self._ends = durations, ends
         self._num_settled, self._num_steps = 0, num_steps
-        self._env.shortcuts[self] = None
-        self._end_event = self._end.at(float(ends[-1]), batch)
         return True
 
     def _end_run(self, batch: Batch) -> None:
@@ -179,17 +227,14 @@ class FastStage:
         self._duration = float(self._durations[last])
         if self._num_steps == self._limit:
             self._limit = min(2 * self._limit, _LONGEST)
-        self._forget_run()
-
-    def _forget_run(self) -> None:
         self._num_steps = 0
-        del self._env.shortcuts[self]
 
     def settle(self, now: float) -> None:
         """Take the steps that ended before `now`, in seconds."""
         num_ended = bisect_left(self._ends, now, self._num_settled, self._num_steps - 1)
         if num_ended > self._num_settled:
-            self._skip(self._stage.users[0], num_ended)
+            assert self._end_event is not None
+            self._skip(self._end_event._value, num_ended)
 
     def show(self, now: float) -> None:
         """Settle, and let an iteration that ends right `now` end before a router looks."""

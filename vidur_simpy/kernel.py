@@ -74,7 +74,7 @@ class Environment(simpy.Environment):
         self.is_unobserved = event_order == "type"
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {}
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
-        self._is_interrupted = False
+        self.is_interrupted = False  # by a ctrl-C, which ends the run after the present event
         # What stands for several events at once, to be told before somebody looks or listens.
         self.shortcuts: dict[Shortcut, None] = {}
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
@@ -201,7 +201,7 @@ class Environment(simpy.Environment):
             return self._run(until)
 
     def _interrupt(self, is_interrupted: bool) -> None:
-        self._is_interrupted = is_interrupted
+        self.is_interrupted = is_interrupted
 
     def _run(self, until: float | Event | None) -> Any:
         if until is None:
@@ -267,7 +267,7 @@ class Environment(simpy.Environment):
                 raise event._value
             if listeners:
                 self._tell(event)
-            if self._is_interrupted:
+            if self.is_interrupted:
                 raise KeyboardInterrupt
 
 

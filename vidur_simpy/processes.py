@@ -106,12 +106,10 @@ class Router:
 
     def _map_requests(self) -> None:
         """Map all queued requests to replicas, in order of arrival."""
-        requests = self.queue
+        requests, self.queue = self.queue, []
         if len(requests) == 1:
-            self.queue = []
             self._map(requests[0]).wake()
             return
-        self.queue = []
         requests.sort(key=by_arrival)
         affected = {replica.replica_id: replica for replica in map(self._map, requests)}
         for replica_id in sorted(affected):
@@ -241,20 +239,29 @@ class Replica:
         """Form a batch and send it to the first stage, if it is free and there is any."""
         while self.num_running_batches < self._max_running_batches and not self._first_stage_taken:
             now = self.env._now
-            self.pool.tick(now)
-            batch = self.scheduler.schedule(now)
-            while batch is None and num_attempts > 1:
-                num_attempts -= 1
-                batch = self.scheduler.schedule(now)
+            batch = self.next_batch(now, num_attempts)
             if batch is None:
                 return
-            self._send(batch, now)
+            self._first_stage_taken = not self.plans_ahead
+            if self.env.is_unobserved:
+                self.stages[0].receive(batch, now)
+            else:
+                self.stages[0].arrival.at(now, batch)
             if not self.plans_ahead:
                 return
             num_attempts = 1
             if not self.env.is_unobserved or not self.env.is_alone_at(now):
                 self.schedule.raise_now()
                 return
+
+    @property
+    def may_form(self) -> bool:
+        """Whether no interrupt keeps it from forming batches."""
+        return not self._is_paused
+
+    def hold_first_stage(self) -> None:
+        """Form no batch until the first stage is done with the one it has."""
+        self._first_stage_taken = True
 
     def wake(self, num_times: int = 1) -> None:
         """Raise REPLICA_SCHEDULE so often; in place, if nothing else is due and nobody listens."""
@@ -266,22 +273,25 @@ class Replica:
             for _ in range(num_times):
                 self.schedule.raise_now()
 
-    def _send(self, batch: Batch, now: float) -> None:
-        """Send a batch that was just formed to the first stage."""
+    def next_batch(self, now: float, num_attempts: int) -> Batch | None:
+        """Form the next batch, if there is any."""
+        pool, scheduler = self.pool, self.scheduler
+        pool.tick(now)
+        batch = scheduler.schedule(now)
+        while batch is None and num_attempts > 1:
+            num_attempts -= 1
+            batch = scheduler.schedule(now)
+        if batch is None:
+            return None
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         batch.scheduled_at = now
         self.num_batches_formed += 1
         self.num_running_batches += 1
-        self._first_stage_taken = not self.plans_ahead
-        if now >= self.timeline.next_at:
-            self.timeline.sample(
-                now, self.scheduler.num_running, self.scheduler.num_waiting, self.pool.usage
-            )
-        if self.env.is_unobserved:
-            self.stages[0].receive(batch, now)
-        else:
-            self.stages[0].arrival.at(now, batch)
+        timeline = self.timeline
+        if now >= timeline.next_at:
+            timeline.sample(now, scheduler.num_running, scheduler.num_waiting, pool.usage)
+        return batch
 
     def end_first_stage(self, batch: Batch) -> None:
         """Let the next batch enter: the first stage is done with this one."""

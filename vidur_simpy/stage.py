@@ -159,8 +159,7 @@ class Stage(simpy.Resource):
         return duration
 
     def note_end(self, batch: Batch, duration: float, now: float) -> None:
-        """Count a batch that has ended; the stage is idle again."""
-        self.users.clear()
+        """Count a batch that has ended."""
         self.busy_time += duration
         batch.execution_time += duration
         for chunk in batch.prefills:
@@ -171,6 +170,7 @@ class Stage(simpy.Resource):
     def finish(self, batch: Batch, duration: float) -> None:
         """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
         now = self.env._now
+        self.users.clear()
         self.note_end(batch, duration, now)
         replica = self.replica
         if self.put_queue:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from vidur_simpy.decode_set import DecodeSet
-from vidur_simpy.entities import Batch, Request
+from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import Key, WaitingQueue, queue_of
@@ -135,11 +135,13 @@ class ContinuousBatching:
         decodes, prefills, ahead = self._gather()
         if decodes is None:
             return None, prefills
+        pool = self.pool
         num_blocks = decodes.num_blocks_needed
         # An unfinished prefill behind the last decode of a full batch is not reached.
         all_reached = len(decodes.members) + bool(prefills) <= self.max_batch_size
-        if all_reached and self.pool.num_free > num_blocks:
-            self.pool.reserve(num_blocks)
+        if all_reached and pool.num_free > num_blocks:
+            if num_blocks:
+                pool.reserve(num_blocks)
             return decodes, prefills
         queue = deque(_in_order(decodes, prefills, ahead))
         return self._walk(decodes, queue)
@@ -150,14 +152,12 @@ class ContinuousBatching:
         For each of the prefills also return how many decodes stood ahead of it.
         """
         running = self.running
-        if len(running) == 1 and type(running[0]) is DecodeSet:
-            self.running = []
-            return running[0], [], []
+        self.running = []
         decodes: DecodeSet | None = None
         prefills: list[Request] = []
         ahead: list[int] = []
         for entry in running:
-            if isinstance(entry, DecodeSet):
+            if type(entry) is DecodeSet:
                 if decodes is None:
                     decodes = entry
                 else:
@@ -169,7 +169,6 @@ class ContinuousBatching:
             else:
                 prefills.append(entry)
                 ahead.append(len(decodes.members) if decodes is not None else 0)
-        self.running = []
         return decodes, prefills, ahead
 
     def _walk(
@@ -265,12 +264,23 @@ class ContinuousBatching:
     def end(self, batch: Batch, now: float) -> Sequence[Request]:
         """Count the tokens, free the completed requests, put the others back into `running`."""
         running = self.running
-        completed: list[Request] = []
-        if batch.decodes is not None:
-            completed += batch.decodes.advance(now, batch.execution_time)
-            if batch.decodes.members:
-                running.append(batch.decodes)
-        for chunk in batch.prefills:
+        decodes = batch.decodes
+        completed: Sequence[Request] = ()
+        if decodes is not None:
+            completed = decodes.advance(now, batch.execution_time)
+            if decodes.members:
+                running.append(decodes)
+        if batch.prefills:
+            completed = [*completed, *self._end_chunks(batch.prefills, now)]
+        if completed:
+            self.pool.free(sum(map(self._num_blocks_held, completed)))
+            self.num_running -= len(completed)
+        return completed
+
+    def _end_chunks(self, chunks: Sequence[PrefillChunk], now: float) -> list[Request]:
+        """Count prompt tokens; return who is complete, put the others back into `running`."""
+        completed = []
+        for chunk in chunks:
             request = chunk.request
             if chunk.num_restarts != request.num_restarts:
                 continue  # its memory was taken while it was in the pipeline
@@ -278,12 +288,9 @@ class ContinuousBatching:
             if request.is_prefill_complete:
                 if request.first_token_at is None:
                     request.first_token_at = now
-                (completed if is_complete else running).append(request)
+                (completed if is_complete else self.running).append(request)
             elif not self.resources.sequence_pipeline_parallel:
                 self.keep_partial(request)
-        if completed:
-            self.pool.free(sum(map(self._num_blocks_held, completed)))
-            self.num_running -= len(completed)
         return completed
 
 
