@@ -217,9 +217,11 @@ class DecodeSet(SharedSteps):
         self.num_processed_tokens += len(self.members)
         self.execution_time += execution_time
         self.last_end = now
-        finished = self._finishing.pop(self.iteration, None)
-        if finished is None:
-            return ()
+        return self.finish() if self.iteration in self._finishing else ()
+
+    def finish(self) -> list[Request]:
+        """Take out the members that have their last token; there are some."""
+        finished = self._finishing.pop(self.iteration)
         for request in finished:
             self._forget(request)
         finishes = self._finishes

@@ -66,9 +66,10 @@ class FastStage:
         "_limit",
         "_listeners",
         "_num_settled",
-        "_num_steps",
         "_replica",
+        "_run",
         "_stage",
+        "num_steps",
     )
 
     def __init__(self, replica: Replica, stage: Stage) -> None:
@@ -93,7 +94,8 @@ class FastStage:
         self._durations: Numbers = ()
         self._ends: Numbers = ()
         self._num_settled = 0
-        self._num_steps = 0  # of the run under way
+        self._run = Batch()  # what iterates in the run under way
+        self.num_steps = 0  # of the run under way
 
     # -- one batch -----------------------------------------------------------------------------
 
@@ -104,15 +106,26 @@ class FastStage:
 
     def _begin(self, batch: Batch, now: float) -> float:
         """Execute a batch, or a run of which it is the first; return the instant of the end."""
-        if self._decode_times is not None and not batch.prefills and self._plan_run(batch, now):
-            return float(self._ends[-1])
+        if not batch.prefills and self.plan_run(batch, now):
+            return self.run_ends_at
         self._duration = duration = self._stage.start(batch)
         return now + duration
+
+    def resume(self, batch: Batch, duration: float) -> None:
+        """Go on with a batch of so many seconds, or with the run under way."""
+        self._duration = duration
+        if self.num_steps:
+            self._wait_for_end(batch, self.run_ends_at)
+        elif 0.0 <= duration < inf:
+            self._wait_for_end(batch, batch.stage_started_at + duration)
+        else:  # which it has to be told about
+            self._stage.queue.append(batch)
+            self._stage.schedule.raise_now()
 
     def _wait_for_end(self, batch: Batch, ends_at: float) -> None:
         self._stage.users.append(batch)
         self._end_event = self._end.at(ends_at, batch)
-        if self._num_steps:
+        if self.num_steps:
             self._env.shortcuts[self] = None
 
     def _ended(self, event: TypedEvent) -> None:
@@ -120,9 +133,9 @@ class FastStage:
         stage = self._stage
         batch: Batch = event._value
         self._end_event = None
-        if self._num_steps:
+        if self.num_steps:
             del self._env.shortcuts[self]
-            self._end_run(batch)
+            self._duration = self.end_run()
         if self._listeners or stage.put_queue:
             stage.finish(batch, self._duration)
             return
@@ -160,8 +173,8 @@ class FastStage:
                 return
             env._now = ends_at
             next(env._eid)  # the end that needed no event
-            if self._num_steps:
-                self._end_run(batch)
+            if self.num_steps:
+                self._duration = self.end_run()
 
     def _hand_on(self, batch: Batch) -> None:
         """End a batch on one of several stages, or of a replica that plans ahead."""
@@ -188,13 +201,13 @@ class FastStage:
         event = self._end_event
         if event is None:
             return None
-        if self._num_steps:
+        if self.num_steps:
             self.cut(self._env._now)
             event = self._end_event
             assert event is not None
             ends_at = float(self._ends[self._num_settled])
             self._duration = float(self._durations[self._num_settled])
-            self._num_steps = 0
+            self.num_steps = 0
             del self._env.shortcuts[self]
         else:
             ends_at = event._value.stage_started_at + self._duration
@@ -205,8 +218,15 @@ class FastStage:
 
     # -- a run of iterations -------------------------------------------------------------------
 
-    def _plan_run(self, batch: Batch, now: float) -> bool:
+    @property
+    def run_ends_at(self) -> float:
+        """End of the run under way, in seconds."""
+        return float(self._ends[self.num_steps - 1])
+
+    def plan_run(self, batch: Batch, now: float) -> bool:
         """Let one end stand for those of the next iterations, if they are known."""
+        if self._decode_times is None:
+            return False
         num_steps = 1 + min(self._replica.scheduler.steady_steps(batch), self._limit - 1)  # type: ignore[attr-defined]
         if num_steps < 3:
             return False
@@ -217,24 +237,23 @@ class FastStage:
             return False  # stepping says what is wrong
         batch.stage_started_at = now
         self._durations, self._ends = durations, ends
-        self._num_settled, self._num_steps = 0, num_steps
+        self._run, self._num_settled, self.num_steps = batch, 0, num_steps
         return True
 
-    def _end_run(self, batch: Batch) -> None:
-        """Settle all iterations but the last one, which ends now."""
-        last = self._num_steps - 1
-        self._skip(batch, last)
-        self._duration = float(self._durations[last])
-        if self._num_steps == self._limit:
+    def end_run(self) -> float:
+        """Settle all iterations but the last one, which ends now; return its seconds."""
+        last = self.num_steps - 1
+        self._skip(last)
+        if self.num_steps == self._limit:
             self._limit = min(2 * self._limit, _LONGEST)
-        self._num_steps = 0
+        self.num_steps = 0
+        return float(self._durations[last])
 
     def settle(self, now: float) -> None:
         """Take the steps that ended before `now`, in seconds."""
-        num_ended = bisect_left(self._ends, now, self._num_settled, self._num_steps - 1)
+        num_ended = bisect_left(self._ends, now, self._num_settled, self.num_steps - 1)
         if num_ended > self._num_settled:
-            assert self._end_event is not None
-            self._skip(self._end_event._value, num_ended)
+            self._skip(num_ended)
 
     def show(self, now: float) -> None:
         """Settle, and let an iteration that ends right `now` end before a router looks."""
@@ -244,26 +263,28 @@ class FastStage:
 
     def cut(self, now: float) -> None:
         """Let the run, if there is one, end with the iteration under way."""
-        if not self._num_steps:
-            return
+        if self.num_steps and self.shorten(now):
+            assert self._end_event is not None
+            self._env.cancel(self._end_event)
+            self._end_event = self._end.at(self.run_ends_at, self._run)
+
+    def shorten(self, now: float) -> bool:
+        """Take the iterations after the one under way from the run; return if there were any."""
         self.settle(now)
         num_steps = self._num_settled + 1
         self._limit = max(_SHORTEST, 2 * num_steps)
-        if num_steps < self._num_steps:
-            assert self._end_event is not None
-            batch = self._end_event._value
-            self._env.cancel(self._end_event)
-            self._num_steps = num_steps
-            self._end_event = self._end.at(float(self._ends[num_steps - 1]), batch)
+        is_shorter = num_steps < self.num_steps
+        self.num_steps = num_steps
+        return is_shorter
 
-    def _skip(self, batch: Batch, num_ended: int) -> None:
+    def _skip(self, num_ended: int) -> None:
         """Do what stepping to the end of the first `num_ended` iterations would have done."""
         first = self._num_settled
         num_steps = num_ended - first
         if not num_steps:
             return
         self._num_settled = num_ended
-        stage, replica = self._stage, self._replica
+        stage, replica, batch = self._stage, self._replica, self._run
         durations, ends = self._durations[first:num_ended], self._ends[first:num_ended]
         started_at, ended_at = batch.stage_started_at, float(ends[-1])
         stage.busy_time = added(stage.busy_time, durations)

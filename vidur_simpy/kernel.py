@@ -138,7 +138,7 @@ class Environment(simpy.Environment):
 
     @property
     def num_events(self) -> int:
-        """Events scheduled so far, typed or not."""
+        """Events queued so far, typed or not: the fewer, the less could be watched."""
         return _next_of(self._eid) + _next_of(self._arrival_ids) - _FIRST_ARRIVAL_ID
 
     # -- listening ---------------------------------------------------------------------------

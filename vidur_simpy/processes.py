@@ -19,6 +19,7 @@ from vidur_simpy.global_scheduler import Route
 from vidur_simpy.kernel import Environment, EventType, Signal
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.metrics import Timeline
+from vidur_simpy.plain_loop import after_plain_loop
 from vidur_simpy.replica_scheduler.interface import ReplicaScheduler
 from vidur_simpy.stage import ProcessGenerator, Stage, pause
 from vidur_simpy.sums import Numbers
@@ -30,7 +31,7 @@ def arrivals(env: Environment, requests: Iterable[Request], router: Router) -> P
     """Process: bring each request to the router at the exact instant it arrives."""
     arrival = Signal(env, EventType.REQUEST_ARRIVAL)
     previous: Request | None = None
-    for request in requests:
+    for request in after_plain_loop(iter(requests), router, env):
         assert request.arrived_at is not None
         # The next arrival is in the queue before this one is handled: it may be simultaneous.
         event = arrival.at(request.arrived_at, request)
@@ -84,10 +85,7 @@ class Router:
 
     def receive(self, request: Request) -> None:
         """Queue a request that has arrived; one that can never run is refused with a reason."""
-        self.num_received += 1
-        request.refusal = self._refusal(request)
-        if request.refusal:
-            self._on_refused(request)
+        if not self.admits(request):
             return
         self.queue.append(request)
         env = self.env
@@ -97,6 +95,15 @@ class Router:
             self._map_requests()
         else:
             self.schedule.raise_now()
+
+    def admits(self, request: Request) -> bool:
+        """Count a request that has arrived; return whether it can ever run."""
+        self.num_received += 1
+        request.refusal = self._refusal(request)
+        if request.refusal:
+            self._on_refused(request)
+            return False
+        return True
 
     def _run(self) -> ProcessGenerator:
         """Process: at each GLOBAL_SCHEDULE map the queued requests."""
@@ -116,12 +123,17 @@ class Router:
             affected[replica_id].wake()
 
     def _map(self, request: Request) -> Replica:
+        replica = self.choose(request)
+        replica.add(request)
+        return replica
+
+    def choose(self, request: Request) -> Replica:
+        """Return the replica that the policy gives a request to."""
         replica = self._route(request, self.replicas)
         if not isinstance(replica, Replica):
             raise SimulationError(
                 f"the router gave {replica!r} for {request}: expected one of the replicas."
             )
-        replica.add(request)
         return replica
 
 
@@ -259,6 +271,15 @@ class Replica:
         """Whether no interrupt keeps it from forming batches."""
         return not self._is_paused
 
+    def resume(self, batch: Batch, duration: float) -> None:
+        """Go on with a batch, or a run of its decodes, that began elsewhere."""
+        batch.replica_id = self.replica_id
+        batch.batch_index = self.num_batches_formed
+        self.num_batches_formed += 1
+        self.num_running_batches += 1
+        self.hold_first_stage()
+        self.stages[0].fast.resume(batch, duration)
+
     def hold_first_stage(self) -> None:
         """Form no batch until the first stage is done with the one it has."""
         self._first_stage_taken = True
@@ -316,10 +337,14 @@ class Replica:
         self.num_attention_pairs += batch.num_attention_pairs
         self.num_context_tokens += batch.total_context
         for request in self.scheduler.end(batch, now):
-            request.completed_at = now
-            self.num_outstanding -= 1
-            self.num_restarts += request.num_restarts
-            self._on_completed(request)
+            self.complete(request, now)
+
+    def complete(self, request: Request, now: float) -> None:
+        """Let a request go that has its last token."""
+        request.completed_at = now
+        self.num_outstanding -= 1
+        self.num_restarts += request.num_restarts
+        self._on_completed(request)
 
     def skip(self, batch: Batch, ends: Numbers, num_used_blocks: Numbers) -> None:
         """Count iterations of one set of decodes, `batch` the first, that ended one after another.

@@ -61,6 +61,13 @@ class SarathiScheduler(ContinuousBatching):
         """Take all decodes, continue partial prefills, admit new prompts."""
         decodes, prefills = self.take_decodes()
         num_decodes = 0 if decodes is None else len(decodes.members)
+        chunks = self.prompt_chunks(prefills, num_decodes, now)
+        return None if decodes is None and not chunks else Batch(decodes, chunks)
+
+    def prompt_chunks(
+        self, prefills: list[Request], num_decodes: int, now: float
+    ) -> list[PrefillChunk]:
+        """Continue `prefills` and admit new prompts beside so many decodes."""
         left = self.chunk_size - num_decodes
         chunks: list[PrefillChunk] = []
 
@@ -91,8 +98,7 @@ class SarathiScheduler(ContinuousBatching):
                 num_tokens = min(request.prefill_target, left)
                 chunks.append(request.schedule_chunk(num_tokens))
                 left -= num_tokens
-
-        return None if decodes is None and not chunks else Batch(decodes, chunks)
+        return chunks
 
     def _keep_for_later(self, skipped: list[Request]) -> None:
         """Put what got no tokens back beside what `take_decodes` left, in order of arrival."""

@@ -59,7 +59,7 @@ class VllmScheduler(ContinuousBatching):
 
     def schedule(self, now: float) -> Batch | None:
         """Admit whole prompts while they fit; if there are none, decode."""
-        chunks = self._admit_prompts(now)
+        chunks = self.admit_prompts(now)
         if chunks:
             return Batch(None, chunks)
         decodes, _ = self.take_decodes()
@@ -67,7 +67,7 @@ class VllmScheduler(ContinuousBatching):
             return Batch(decodes)
         if self.waiting and not self.num_running:
             # The last request gave way to itself; no event would ever bring it back.
-            chunks = self._admit_prompts(now)
+            chunks = self.admit_prompts(now)
         return Batch(None, chunks) if chunks else None
 
     def steady_steps(self, batch: Batch) -> int:
@@ -82,7 +82,8 @@ class VllmScheduler(ContinuousBatching):
         super().put_back(request)
         self._was_preempted = True
 
-    def _admit_prompts(self, now: float) -> list[PrefillChunk]:
+    def admit_prompts(self, now: float) -> list[PrefillChunk]:
+        """Admit whole prompts while they fit."""
         self._was_preempted = False
         self.waiting.order(now)
         chunks: list[PrefillChunk] = []
