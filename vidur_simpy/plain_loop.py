@@ -45,7 +45,8 @@ def after_plain_loop(
     requests: Iterator[Request], router: Router, env: Environment
 ) -> Iterator[Request]:
     """Run as far as the loop can, from instant 0 on; return the requests that are left."""
-    if env._queue or not env.is_unobserved or not all(map(_knows, router.replicas)):
+    is_alone = not env._queue and env.is_unobserved and not router.may_look
+    if not (is_alone and all(map(_knows, router.replicas))):
         return requests
     lanes = [_lane(replica) for replica in router.replicas]
     for lane in lanes:
@@ -61,14 +62,15 @@ def after_plain_loop(
 
 def _knows(replica: Replica) -> bool:
     """Whether the loop knows a replica's policy, its queue and its execution times."""
-    scheduler, stage_time = replica.scheduler, replica.stages[0].stage_time
+    scheduler: Any = replica.scheduler
+    stage_time = replica.stages[0].stage_time
     return (
         type(scheduler) in (SarathiScheduler, VllmScheduler)
         and type(scheduler.waiting) is WaitingQueue
         and not scheduler.resources.sequence_pipeline_parallel
         and replica.num_stages == 1
         and hasattr(stage_time, "decode_times")
-        and type(stage_time).__module__.startswith("vidur_simpy.")
+        and str(stage_time.__module__).startswith("vidur_simpy.")
     )
 
 
@@ -84,7 +86,8 @@ class _Arrivals:
 
     def advance(self) -> Request:
         """Return the next request, and look at the one after it."""
-        request, self.next = self.next, next(self._requests, None)
+        request: Request = self.next
+        self.next = next(self._requests, None)
         self.at = inf if self.next is None else self.next.arrived_at
         return request
 
@@ -126,7 +129,7 @@ def _loop(
         while heap and heap[0][0] == now:
             _, index = heappop(heap)
             if ends[index] == now:
-                ends[index] = sends[index](_END_ONLY)
+                ends[index] = sends[index](_END_ONLY)  # not a number: between two batches
                 to_form.append(index)
         while arrivals.at == now:
             request = arrivals.advance()
@@ -136,7 +139,7 @@ def _loop(
             index = replica.replica_id
             fast = replica.stages[0].fast
             if ends[index] == inf:
-                ends[index] = now
+                ends[index] = nan
                 to_form.append(index)
             elif fast.num_steps and fast.shorten(now):
                 ends[index] = fast.run_ends_at
@@ -240,7 +243,7 @@ def _lane(replica: Replica) -> Lane:
                         complete(request, now)
                     scheduler.num_running -= len(completed)
                 if is_end_only:
-                    now = yield now
+                    now = yield nan
 
             # -- REPLICA_SCHEDULE
             if now != pool._usage_since:
@@ -271,7 +274,7 @@ def _lane(replica: Replica) -> Lane:
                 request = chunk.request
                 if request.scheduled_at is None:
                     request.scheduled_at = now
-                else:
+                elif request.last_stage_end is not None:
                     request.preempted_time += now - request.last_stage_end
             if not num_tokens:
                 now = yield inf

@@ -61,6 +61,8 @@ class Router:
         Requests that have arrived and are not mapped yet.
     num_received : int
         Requests that have arrived, refused ones included.
+    may_look : bool
+        Whether the policy may look at more of a replica than its counts of requests.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Router:
         self._refusal = refusal
         self._on_refused = on_refused
         # A router of the user's own may look at anything.
-        self._may_look = not getattr(route, "only_counts_requests", False)
+        self.may_look = not getattr(route, "only_counts_requests", False)
         self.schedule = Signal(env, EventType.GLOBAL_SCHEDULE)
         self.process = env.process(self._run())
 
@@ -89,7 +91,7 @@ class Router:
             return
         self.queue.append(request)
         env = self.env
-        if self._may_look:
+        if self.may_look:
             env.show()
         if env.is_unobserved and env.is_alone_at(env._now):
             self._map_requests()

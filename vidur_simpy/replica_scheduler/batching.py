@@ -157,7 +157,7 @@ class ContinuousBatching:
         prefills: list[Request] = []
         ahead: list[int] = []
         for entry in running:
-            if type(entry) is DecodeSet:
+            if isinstance(entry, DecodeSet):
                 if decodes is None:
                     decodes = entry
                 else:
@@ -279,7 +279,7 @@ class ContinuousBatching:
 
     def _end_chunks(self, chunks: Sequence[PrefillChunk], now: float) -> list[Request]:
         """Count prompt tokens; return who is complete, put the others back into `running`."""
-        completed = []
+        completed: list[Request] = []
         for chunk in chunks:
             request = chunk.request
             if chunk.num_restarts != request.num_restarts:
