@@ -11,16 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import engines
 import execution_time_rate
-import iteration_rate
 import sweep_rate
-
-
-def test_iteration_rate_measures_every_workload() -> None:
-    """A tiny run gives every figure for every workload."""
-    figures = iteration_rate.run(num_requests=30, repetitions=1)
-    assert len(figures) == 1 + 2 * len(iteration_rate.SCHEDULERS)
-    assert all(value > 0 for row in figures.values() for value in row.values())
-    assert figures["sarathi, 8 decoding"]["iterations"] == pytest.approx(30)
 
 
 def test_engines_measures_both() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+import time
+import warnings
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 
 import vidur_simpy as vs
+from vidur_simpy.search import runs
 from vidur_simpy.search.scaling import ScaledArrivals, mean_rate, with_rate
 from vidur_simpy.search.slo import MLPERF, read_slo
 
@@ -179,6 +185,18 @@ def test_capacity_is_monotone_in_the_slo(batching):
     assert rates[0] < rates[-1]
 
 
+@pytest.mark.slow
+def test_capacity_is_monotone_between_close_limits(batching, tmp_path):
+    """Also where the search takes another path: it is the same rates that are compared."""
+    rates = [
+        vs.capacity(
+            batching, poisson(150), {"ttft:p90": limit}, max_replications=2, store=tmp_path
+        ).rate
+        for limit in np.geomspace(0.09, 0.11, 8).tolist()
+    ]
+    assert rates == sorted(rates)
+
+
 def test_two_limits_are_as_strict_as_the_stricter(batching):
     """The rates and their seeds are the same, so the answers are."""
     alone = vs.capacity(batching, poisson(150), {"ttft:p90": 0.05}, max_replications=2)
@@ -265,6 +283,169 @@ def test_bad_settings_are_told(batching, settings, message):
         vs.capacity(batching, poisson(10), {"ttft:p90": 1.0}, **settings)
 
 
+# A store
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The seeds of the runs that are made in this process."""
+    seeds = []
+    simulate = runs.simulate
+
+    def noted(*args, **kwargs):
+        seeds.append(kwargs["seed"])
+        return simulate(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "simulate", noted)
+    return seeds
+
+
+LIMITS = {"ttft:p90": 0.05}
+FEW = {"max_replications": 2, "tolerance": 0.2}
+
+
+def test_what_was_run_is_not_run_again(batching, tmp_path, made):
+    """The second time everything is there; the answer is the same to the bit."""
+    alone = vs.capacity(batching, poisson(100), LIMITS, **FEW)
+    first = vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    assert len(made) == alone.num_runs + first.num_runs
+    second = vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    assert len(made) == alone.num_runs + first.num_runs
+    assert (first.num_reused, second.num_reused) == (0, first.num_runs)
+    assert f"{second.num_runs} runs ({second.num_runs} reused)" in repr(second)
+    for each in (first, second):
+        assert each.curve.equals(alone.curve)
+        assert (each.rate, each.low, each.high) == (alone.rate, alone.low, alone.high)
+
+
+def test_a_search_that_was_cut_off_goes_on(batching, tmp_path, made, monkeypatch):
+    """What was done before an interruption is not done again."""
+    counted = runs.simulate
+
+    def interrupted(*args, **kwargs):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return counted(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "simulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    monkeypatch.setattr(runs, "simulate", counted)
+    found = vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    assert found.num_reused == 5
+    assert len(made) == found.num_runs
+
+
+@pytest.mark.slow
+def test_a_search_whose_process_was_killed_goes_on(batching, tmp_path):
+    """SIGKILL in the middle."""
+    script = (
+        "import sys, vidur_simpy as vs\n"
+        "workload = vs.Workload(vs.Poisson(20.0), vs.FixedLengths(500, 8), num_requests=2000)\n"
+        "vs.capacity(vs.Cluster(execution_time=vs.Linear()), workload, {'ttft:p90': 0.05},\n"
+        "    store=sys.argv[1], max_replications=2, tolerance=0.2)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path])
+    folder = tmp_path / "runs"
+    while process.poll() is None and len(list(folder.glob("[!.]*.json"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    num_kept = len(list(folder.glob("[!.]*.json")))
+    found = vs.capacity(batching, poisson(2000), LIMITS, store=tmp_path, **FEW)
+    assert found.num_reused == num_kept >= 3
+    assert found.num_runs == len(list(folder.glob("[!.]*.json")))
+
+
+def test_another_slo_takes_what_is_there(batching, tmp_path, made):
+    """Latencies are kept, not whether they met a limit: only new rates are run."""
+    vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    before = len(made)
+    other = {"e2e:p90": 0.15, "tpot:mean": 0.1}
+    found = vs.capacity(batching, poisson(100), other, store=tmp_path, **FEW)
+    assert len(made) - before == found.num_runs - found.num_reused < found.num_runs
+    assert found.curve.equals(vs.capacity(batching, poisson(100), other, **FEW).curve)
+
+
+def test_sweeps_capacities_and_recommendations_share_runs(batching, tmp_path, made):
+    """Whoever made a run, it is the same run; the workload at its own rate is one."""
+    grid = {"cluster.num_replicas": [1, 2]}
+    swept = vs.sweep(batching, poisson(100), grid, replications=2, store=tmp_path)
+    assert len(made) == 4
+    found = vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    assert found.num_reused == 2
+    before = len(made)
+    advice = vs.recommend(
+        batching,
+        poisson(100),
+        LIMITS,
+        grid,
+        objective="throughput",
+        max_replications=2,
+        store=tmp_path,
+    )
+    assert (advice.num_runs, advice.num_reused) == (4, 4)
+    assert "4 runs (4 reused) of 2 configurations" in repr(advice)
+    again = vs.sweep(
+        batching, poisson(100), {"workload.arrivals.rate": found.curve["rate"]}, store=tmp_path
+    )
+    assert again.num_reused == len(again)
+    assert repr(again).endswith(f"0 failed, {len(again)} reused>")
+    assert len(made) == before
+    assert swept.table["ttft_p90"][0] == again.table["ttft_p90"][found.curve["rate"] == 20.0].item()
+
+
+def test_gaps_between_tokens_are_kept_too(batching, tmp_path):
+    """They are values of the run that recorded them."""
+    workload = poisson(60)
+    first, second = (
+        vs.capacity(batching, workload, {"itl:p90": 0.006}, store=tmp_path, **FEW) for _ in "ab"
+    )
+    assert second.num_reused == first.num_runs
+    assert first.curve.equals(second.curve)
+
+
+def test_a_sweep_of_large_runs_keeps_figures_only(batching, tmp_path, made, monkeypatch):
+    """A capacity makes such a run again, and keeps it whole."""
+    monkeypatch.setattr(runs, "MAX_KEPT", 10)
+    vs.sweep(batching, poisson(100), [{}], store=tmp_path)
+    first = vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW)
+    assert first.num_reused == 0
+    assert vs.capacity(batching, poisson(100), LIMITS, store=tmp_path, **FEW).num_reused > 0
+    assert len(made) == 1 + first.num_runs
+
+
+def test_arrivals_of_a_trace_are_stored_too(batching, tmp_path):
+    """At another rate they are the same trace with another time scale, which has a name."""
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at\n" + "\n".join(str(0.05 * index) for index in range(200)))
+    workload = vs.Workload(vs.TraceArrivals(path), vs.FixedLengths(100, 4), num_requests=100)
+    for _ in "ab":
+        found = vs.capacity(batching, workload, LIMITS, store=tmp_path / "store", **FEW)
+    assert found.num_reused == found.num_runs
+
+
+def test_what_no_name_stands_for_is_not_stored(server, tmp_path):
+    """One warning says so, however many runs there are."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = vs.capacity(server, poisson(40), {"e2e:p90": 0.5}, store=tmp_path, **FEW)
+    assert found.num_runs > 2
+    assert [str(each.message).partition(":")[0] for each in caught] == [
+        "1 of 1 configurations are made, but not stored"
+    ]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_raises_what_it_raised(jobs):
+    """With its own kind and message, whoever made it."""
+    short = Path(__file__).with_name("no_such_trace.csv")
+    workload = vs.Workload(vs.Poisson(20.0), vs.TraceLengths(short), num_requests=10)
+    with pytest.raises(vs.TraceError, match="no_such_trace"):
+        vs.capacity(vs.Cluster(execution_time=vs.Linear()), workload, LIMITS, jobs=jobs)
+
+
 # What comes back
 
 
@@ -295,7 +476,7 @@ def test_the_answer_does_not_depend_on_the_workers():
 
 def test_joblib_is_not_needed_where_nobody_asks_for_workers(batching, monkeypatch):
     """Without it, runs are made one by one; asking for two names the extra."""
-    monkeypatch.setattr("vidur_simpy.search.trials.find_spec", lambda name: None)
+    monkeypatch.setattr("vidur_simpy.search.runs.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "joblib", None)
     settings = {"tolerance": 0.5, "max_replications": 2}
     found = vs.capacity(batching, poisson(60), {"ttft:p90": 0.05}, **settings)

@@ -94,9 +94,14 @@ def test_out_gets_tables_and_figures(run, config, here):
 
 
 def test_out_replaces_an_earlier_result(run, config, here):
-    """A saved result may be written again; a run of its own."""
+    """Once it is told to; without, it says so before anything runs."""
     run("run", config, "--out", "saved")
-    code, _, _ = run("run", config, "--set", "workload.num_requests=3", "--out", "saved")
+    again = ("run", config, "--set", "workload.num_requests=3", "--out", "saved")
+    code, out, err = run(*again)
+    assert (code, out) == (2, "")
+    assert "'saved': a saved result is there already" in err
+    assert "--overwrite" in err
+    code, _, _ = run(*again, "--overwrite")
     assert code == 0
     assert len(vs.load_result("saved").requests) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vidur_simpy as vs
-from vidur_simpy.search.candidates import successive_halving
+from vidur_simpy.search.narrowing import proposed, successive_halving
 
 mpl.use("Agg")
 
@@ -187,6 +188,13 @@ def test_what_does_not_fit_is_a_row_with_its_error(workload):
         ({"price_per_gpu_hour": -1.0}, "price_per_gpu_hour = -1.0"),
         ({"objective": "cots"}, "did you mean 'cost'"),
         ({"price_per_gpu_hour": 1.0, "method": "gird"}, "did you mean 'grid'"),
+        ({"objective": "throughput", "max_tried": 0}, "max_tried = 0"),
+        (
+            {"objective": "throughput", "max_replications": 0},
+            r"recommend\(\): max_replications = 0",
+        ),
+        ({"objective": "throughput", "confidence": 95}, r"recommend\(\): confidence = 95"),
+        ({"objective": "throughput", "where": lambda cluster: False}, "none of the 2 config"),
     ],
 )
 def test_bad_arguments_are_told(cluster, workload, arguments, message):
@@ -195,10 +203,110 @@ def test_bad_arguments_are_told(cluster, workload, arguments, message):
         vs.recommend(cluster, workload, SLO, {"cluster.num_replicas": [1, 2]}, **arguments)
 
 
-def test_an_empty_grid_is_told(cluster, workload):
-    """As by a sweep."""
-    with pytest.raises(vs.ConfigError, match="the grid is empty"):
-        vs.recommend(cluster, workload, SLO, {}, price_per_gpu_hour=1.0)
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "the grid is empty"),
+        ({"cluster.num_replicas": []}, "the grid is empty: cluster.num_replicas has no values"),
+        ([], "the grid is empty"),
+        ({"cluster.num_replica": [1]}, "did you mean 'num_replicas'"),
+        ({"cluster.replica_scheduler.chunk_sise": [1]}, "did you mean 'chunk_size'"),
+        ({"cluster.replica_scheduler": ["sarthi"]}, "did you mean 'sarathi'"),
+        ({"cluster.device": ["h10"]}, "unknown device 'h10'"),
+    ],
+)
+def test_an_impossible_grid_is_told(cluster, workload, grid, message):
+    """As by a sweep; names get the nearest one there is."""
+    with pytest.raises(vs.ConfigError, match=message):
+        vs.recommend(cluster, workload, SLO, grid, price_per_gpu_hour=1.0)
+
+
+def test_a_condition_on_clusters_leaves_the_others_out(cluster, workload):
+    """Every way to use just four devices; none of the others is run."""
+    grid = {
+        "cluster.tensor_parallel_size": [1, 2, 4],
+        "cluster.pipeline_parallel_size": [1, 2],
+        "cluster.num_replicas": [1, 2, 4],
+    }
+    found = vs.recommend(
+        cluster,
+        workload,
+        SLO,
+        grid,
+        price_per_gpu_hour=1.0,
+        where=lambda cluster: cluster.num_devices == 4,
+        max_replications=2,
+    )
+    assert found.table["num_devices"].to_list() == [4] * len(found.points) == [4] * 5
+    assert found.cluster.num_devices == 4
+
+
+def test_an_objective_that_is_not_known_recommends_nothing(workload):
+    """A device whose data sheet gives no power takes an unknown amount of energy."""
+    h100 = vs.Device.from_name("h100")
+    device = dataclasses.replace(h100, name="secret", tdp_w=None)
+    cluster = vs.Cluster(device=device, execution_time=vs.Linear())
+    grid = {"cluster.num_replicas": [2]}
+    found = vs.recommend(
+        cluster, workload, SLO, grid, objective="energy", max_replications=2, jobs=1
+    )
+    assert found.best is None
+    assert "kwh_per_million_tokens is not known of any configuration" in repr(found)
+
+
+def test_what_may_be_better_is_told(cluster):
+    """A cheaper configuration of which it cannot be told whether it meets the SLO."""
+    workload = vs.Workload(vs.Poisson(40.0), vs.FixedLengths(512, 16), num_requests=150)
+    found = vs.recommend(
+        cluster,
+        workload,
+        {"ttft:p90": 0.08},
+        {"cluster.num_replicas": [2, 3, 4, 5, 6, 8]},
+        price_per_gpu_hour=1.0,
+        max_replications=2,
+    )
+    verdicts = found.table["verdict"].to_list()
+    assert "cannot tell" in verdicts[: found.best]
+    row = verdicts.index("cannot tell")
+    assert f"row {row} would be better, if it met the SLO, which cannot be told" in found.notes
+
+
+def test_a_point_whose_runs_fail_is_a_row_with_its_error(cluster, tmp_path):
+    """The others are compared, and it is not tried again."""
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,100,10\n0.1,100,10\n")
+    grid = {"workload": [vs.Trace(path), vs.Trace(tmp_path / "none.csv")]}
+    workload = vs.Trace(path)
+    found = vs.recommend(cluster, workload, {"ttft:mean": 1.0}, grid, objective="throughput")
+    assert found.table["error"].str.partition(":")[0].to_list() == ["", "TraceError"]
+    assert found.num_runs == 1
+
+
+# A store
+
+
+def test_a_recommendation_is_not_computed_twice(cluster, workload, tmp_path):
+    """Its runs are taken from the store, whatever the objective, and whoever made them."""
+    grid = {"cluster.num_replicas": [1, 2]}
+    options = {"max_replications": 2, "store": tmp_path}
+    first = vs.recommend(cluster, workload, SLO, grid, price_per_gpu_hour=1.0, **options)
+    second = vs.recommend(cluster, workload, SLO, grid, objective="energy", **options)
+    assert (first.num_reused, second.num_reused) == (0, first.num_runs)
+    unkept = vs.recommend(cluster, workload, SLO, grid, objective="energy", max_replications=2)
+    pd.testing.assert_frame_equal(second.table, unkept.table, check_exact=True)
+    assert vs.sweep(cluster, workload, grid, replications=2, store=tmp_path).num_reused == 4
+
+
+def test_what_cannot_be_stored_is_told_once(cluster, workload, tmp_path):
+    """The other configurations are stored."""
+    grid = {"cluster.execution_time": [vs.Linear(base=0.02), lambda batch: 0.02]}
+    with pytest.warns(UserWarning, match="1 of 2 configurations are made, but not stored") as told:
+        found = vs.recommend(
+            cluster, workload, SLO, grid, objective="throughput", store=tmp_path, max_replications=2
+        )
+    assert len(told) == 1
+    assert found.num_runs == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 # Halving
@@ -214,15 +322,80 @@ def test_halving_keeps_everyone_once_and_the_best_first(order, least_share):
         efforts.append((len(candidates), share))
         return [(0, float(order[candidate])) for candidate in candidates]
 
-    ordered = successive_halving(40, rank, least_share=least_share)
+    ordered = successive_halving(range(40), rank, share=least_share)
     assert sorted(ordered) == list(range(40))
     assert efforts == sorted(efforts, key=lambda effort: -effort[0])
     if efforts:
         assert order[ordered[0]] == 0
 
 
+SETTINGS = [{"a": a, "b": b, "c": c} for a in range(20) for b in "xyz" for c in (1, 2, 4, 8)]
+
+
+def ranked(numbers, share):
+    """What the settings are worth: "x" misses its SLO; else a near 13 and a small c are good."""
+    values = [SETTINGS[number] for number in numbers]
+    return [
+        (1, 2.0 + each["a"]) if each["b"] == "x" else (0, abs(each["a"] - 13.0) + each["c"])
+        for each in values
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63])
+def test_optuna_finds_the_best_among_few(seed):
+    """The best of 240, though it looks at 80; each once, the same with the same seed."""
+    ordered, again = (
+        proposed(SETTINGS, ranked, share=0.1, num_tried=80, seed=seed) for _ in range(2)
+    )
+    assert len(set(ordered)) == len(ordered) == 80
+    assert SETTINGS[ordered[0]] == {"a": 13, "b": "y", "c": 1}
+    assert ordered == again
+
+
+def test_optuna_stays_on_the_points_there_are():
+    """A list of settings is no full grid: what is missing is not run; all there are is enough."""
+    settings = [{"a": a, "b": a % 2} for a in range(12)] + [{"c": "only"}]
+
+    def rank(numbers, share):
+        return [(0, float("inf")) if "c" in settings[n] else (0, 12.0 - n) for n in numbers]
+
+    ordered = proposed(settings, rank, share=0.5, num_tried=100, seed=0)
+    assert set(ordered) <= set(range(13))
+    assert ordered[0] == 11
+
+
+def test_optuna_is_asked_for_where_it_is_missing(cluster, workload, monkeypatch):
+    """With the extra that has it."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    grid = {"cluster.num_replicas": [1, 2]}
+    with pytest.raises(vs.ConfigError, match=r"Optuna.*vidur-simpy\[search\]"):
+        vs.recommend(cluster, workload, SLO, grid, objective="throughput", method="optuna")
+
+
+def test_large_grids_are_halved_and_larger_ones_left_to_optuna(cluster, monkeypatch):
+    """What was tried, and what was run in full, is told."""
+    monkeypatch.setattr("vidur_simpy.search.recommendation.MAX_GRID", 5)
+    monkeypatch.setattr("vidur_simpy.search.recommendation.MAX_HALVED", 40)
+    workload = vs.Workload(vs.Poisson(60.0), vs.FixedLengths(512, 4), num_requests=150)
+    options = {"price_per_gpu_hour": 1.0, "max_replications": 1, "max_tried": 16}
+    for seqs, chunks, tried in (
+        ([64], [512], 5),
+        ([32, 64], [512, 1024], 20),
+        (range(2, 12), [512], 16),
+    ):
+        grid = {
+            "cluster.num_replicas": [1, 2, 3, 4, 5],
+            "cluster.replica_scheduler.max_num_seqs": seqs,
+            "cluster.replica_scheduler.chunk_size": chunks,
+        }
+        found = vs.recommend(cluster, workload, {"ttft:p90": 0.5}, grid, **options)
+        size = len(found.table)
+        told = [note for note in found.notes if f"{tried} of {size} configurations were tr" in note]
+        assert bool(told) == (size > 5)
+
+
 def test_halving_finds_what_the_whole_grid_finds(cluster, workload):
-    """With fewer requests simulated."""
+    """With fewer requests simulated; so does Optuna, with even fewer."""
     grid = {
         "cluster.num_replicas": [1, 2, 3, 4],
         "cluster.replica_scheduler.chunk_size": [256, 512, 1024],
@@ -236,11 +409,13 @@ def test_halving_finds_what_the_whole_grid_finds(cluster, workload):
             grid,
             price_per_gpu_hour=1.0,
             method=method,
+            max_tried=16,
             max_replications=2,
         )
-        for method in ("grid", "halving")
+        for method in ("grid", "halving", "optuna")
     }
-    assert found["halving"].settings == found["grid"].settings
+    assert found["halving"].settings == found["optuna"].settings == found["grid"].settings
+    assert "16 of 24 configurations were tried, 8 in full" in found["optuna"].notes
     in_full = {method: (each.table["verdict"] != "").sum() for method, each in found.items()}
     assert in_full["halving"] < in_full["grid"] == 24
 
@@ -253,15 +428,17 @@ def test_the_recommendation_does_not_depend_on_the_workers(cluster, workload):
             cluster,
             cheap,
             SLO,
-            {"cluster.num_replicas": [1, 2]},
+            {"cluster.num_replicas": [1, 2, 3, 4, 5, 6]},
             price_per_gpu_hour=1.0,
+            method="optuna",
+            max_tried=4,
             max_replications=2,
             jobs=jobs,
         )
         for jobs in (1, 2)
     )
     assert one.table.equals(two.table)
-    assert (one.best, one.lead) == (two.best, two.lead)
+    assert (one.best, one.lead, one.notes) == (two.best, two.lead, two.notes)
 
 
 # Figures
@@ -288,7 +465,7 @@ def test_latency_is_drawn_over_throughput(cluster, workload):
     axes = vs.plot_throughput_latency(sweep.table, "ttft_p90", by="cluster.num_replicas", limit=0.2)
     curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert len(curves) == 2
-    assert axes.get_xlabel() == "output token throughput (per s)"
+    assert axes.get_xlabel() == "output token throughput (tokens/s)"
     with pytest.raises(vs.ConfigError, match="unknown column 'ttft_p9'"):
         vs.plot_throughput_latency(sweep.table, "ttft_p9")
 

@@ -7,8 +7,11 @@ import pickle
 import signal
 import subprocess
 import sys
+from functools import partial
 
+import busy_runs
 import pytest
+from busy_runs import RECORDS, WORKLOAD, assert_equal_tables
 from pandas.testing import assert_frame_equal
 
 import vidur_simpy as vs
@@ -17,33 +20,13 @@ from vidur_simpy.cli import main
 
 pytest.importorskip("pyarrow", reason="records in files need pyarrow")
 
-RECORDS = ("batches", "stages", "events", "tokens")
-TABLES = ("requests", *RECORDS, "replicas", "timeline")
-WORKLOAD = vs.Workload(vs.Poisson(rate=2.0), vs.UniformLengths(20, 400, 8.0), num_requests=60)
+busy_cluster = partial(busy_runs.busy_cluster, pipeline_parallel_size=2)
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Parts of so few rows that a short run writes many."""
     monkeypatch.setattr(record_columns, "ROWS_PER_PART", 16)
-
-
-def busy_cluster(**changes):
-    """A cluster so short of memory that requests are preempted."""
-    settings = {
-        "num_replicas": 2,
-        "pipeline_parallel_size": 2,
-        "max_model_len": 512,
-        "kv_cache": vs.KVCache(num_blocks=60),
-        "replica_scheduler": vs.Sarathi(max_num_seqs=16, chunk_size=64),
-        "execution_time": vs.Linear(base=0.1),
-    }
-    return vs.Cluster(**(settings | changes))
-
-
-def assert_equal_tables(ours, theirs, names=TABLES):
-    for name in names:
-        assert_frame_equal(getattr(ours, name), getattr(theirs, name), check_exact=True)
 
 
 def files_of(directory, table):
@@ -220,7 +203,7 @@ def test_a_directory_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"it holds 'notes.txt'; name a new or an empty"):
         vs.simulate(busy_cluster(), WORKLOAD, record_to=tmp_path)
-    with pytest.raises(ConfigError, match=r"record_to = .*notes.txt': it cannot be made"):
+    with pytest.raises(ConfigError, match=r"record_to = .*notes.txt': it cannot be written"):
         vs.simulate(busy_cluster(), WORKLOAD, record_to=tmp_path / "notes.txt")
     with pytest.raises(ConfigError, match=r"record_to = 3: expected the path"):
         vs.simulate(busy_cluster(), WORKLOAD, record_to=3)

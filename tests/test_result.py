@@ -480,10 +480,13 @@ def test_large_tables_are_compressed(tmp_path, monkeypatch):
 
 
 def test_save_replaces_an_earlier_result(tmp_path):
-    """Its files go, those of the user stay."""
+    """If it is told to: its files go, those of the user stay."""
     made(ALL).save(tmp_path)
     (tmp_path / "ttft.png").write_text("a figure")
-    made(config=None).save(tmp_path)
+    with pytest.raises(VidurError, match=r"is there already; name another .*overwrite=True"):
+        made(config=None).save(tmp_path)
+    assert_equal_results(load_result(tmp_path), made(ALL))
+    made(config=None).save(tmp_path, overwrite=True)
     assert_equal_results(load_result(tmp_path), made(config=None))
     names = "info.json replicas.csv requests.csv summary.csv timeline.csv ttft.png"
     assert sorted(path.name for path in tmp_path.iterdir()) == names.split()
@@ -511,7 +514,7 @@ def test_failed_save_leaves_the_earlier_result(tmp_path):
     """What cannot be written is found before anything is replaced."""
     made().save(tmp_path)
     with pytest.raises(VidurError, match="configuration cannot be written as YAML"):
-        made(config={"execution_time": object()}).save(tmp_path)
+        made(config={"execution_time": object()}).save(tmp_path, overwrite=True)
     assert_equal_results(load_result(tmp_path), made())
 
 
@@ -528,10 +531,10 @@ def test_interrupted_save_is_no_result(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(storage.os, "replace", fail_at_requests)
         with pytest.raises(KeyboardInterrupt):
-            made().save(tmp_path)
+            made().save(tmp_path, overwrite=True)
     with pytest.raises(VidurError, match="incomplete"):
         load_result(tmp_path)
-    made().save(tmp_path)
+    made().save(tmp_path, overwrite=True)
     assert_equal_results(load_result(tmp_path), made())
 
 

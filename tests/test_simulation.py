@@ -6,34 +6,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from busy_runs import RECORDS, WORKLOAD, assert_equal_tables, busy_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 import vidur_simpy as vs
 from vidur_simpy import ConfigError, EventType, Request, Simulation, SimulationError
-
-WORKLOAD = vs.Workload(vs.Poisson(rate=2.0), vs.UniformLengths(20, 400, 8.0), num_requests=60)
-TABLES = ("requests", "batches", "stages", "events", "tokens", "replicas", "timeline")
-RECORDS = ("batches", "stages", "events", "tokens")
-
-
-def busy_cluster(**changes):
-    """A cluster so short of memory that requests are preempted."""
-    settings = {
-        "num_replicas": 2,
-        "max_model_len": 512,
-        "kv_cache": vs.KVCache(num_blocks=60),
-        "replica_scheduler": vs.Sarathi(max_num_seqs=16, chunk_size=64),
-        "execution_time": vs.Linear(base=0.1),
-    }
-    return vs.Cluster(**(settings | changes))
-
-
-def assert_equal_tables(ours, theirs, names=TABLES):
-    for name in names:
-        assert_frame_equal(getattr(ours, name), getattr(theirs, name), check_exact=True)
-
 
 # Clients on the clock
 
@@ -407,7 +386,8 @@ def test_runs_in_pieces_equal_one_run(cuts, looks, stages, record):
     assert whole.figures["restarts"] > 0
     assert_equal_tables(result, whole, ("requests", "replicas", "timeline", *record))
     assert result.config == whole.config
-    assert result.info == whole.info
+    # How many events were queued depends on how often somebody could look.
+    assert result.info | {"num_events": 0} == whole.info | {"num_events": 0}
 
 
 def test_a_cut_run_is_the_beginning_of_the_whole():

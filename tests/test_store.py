@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,7 +72,20 @@ def wait_for_entries(store, count):
 def script(*arguments):
     """Start a sweep in a process of its own, whose workers can be told from ours."""
     command = [sys.executable, "-W", "error", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+
+
+def worker_of(process, name):
+    """The identifier of a process that works for another one, by a part of its command."""
+    psutil = pytest.importorskip("psutil")
+    for _ in range(500):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(child.cmdline()):
+                    return child.pid
+        time.sleep(0.01)
+    raise AssertionError(f"there is no process {name}")
 
 
 def kill(process):
@@ -79,6 +93,7 @@ def kill(process):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
+    process.stderr.close()
 
 
 def resumed(store, before):
@@ -170,6 +185,29 @@ def test_workers_of_a_killed_process_leave_a_sound_store(tmp_path):
     unkept = small_sweep(num_requests=1000).table
     pd.testing.assert_frame_equal(table, unkept, check_exact=True)
     assert len(entries(tmp_path / "store")) == NUM_RUNS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "worker", "says"),
+    [("dask", "spawn_main", ""), ("ray", "ray::PoolActor", "a worker process died")],
+)
+def test_a_cluster_whose_worker_was_killed_loses_nothing(tmp_path, backend, worker, says):
+    """Dask makes the runs of a dead worker elsewhere; on Ray the sweep ends, and says so."""
+    pytest.importorskip("distributed" if backend == "dask" else "ray")
+    store = tmp_path / "store"
+    process = script(backend, tmp_path / "table", store, 2000)
+    before = wait_for_entries(store, 2)
+    os.kill(worker_of(process, worker), signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    assert says in told
+    assert (process.returncode == 0) == (not says)
+    assert (tmp_path / "table").exists() == (not says)
+    assert before.items() <= entries(store).items()
+    before = entries(store)
+    table = small_sweep(store=store, num_requests=2000).table
+    assert before.items() <= entries(store).items()
+    pd.testing.assert_frame_equal(table, small_sweep(num_requests=2000).table, check_exact=True)
 
 
 # Sharing
@@ -355,6 +393,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         small_sweep(store=tmp_path)
     with pytest.raises(vs.VidurError, match="cannot keep runs in"):
         small_sweep(store=tmp_path / "thesis.tex")
+
+
+def test_a_store_without_its_manifest_goes_on(tmp_path, run, made):
+    """As the message advises where that is damaged; a folder with other files stays refused."""
+    vs.sweep(run.cluster, run.workload, [{}], store=tmp_path)
+    (tmp_path / "store.json").write_text("{")
+    with pytest.raises(vs.VidurError, match=r"store.json' is damaged .*; delete it if"):
+        open_store(tmp_path)
+    (tmp_path / "store.json").unlink()
+    vs.sweep(run.cluster, run.workload, [{}], store=tmp_path)
+    assert len(made) == 1
+    (tmp_path / "store.json").unlink()
+    (tmp_path / "runs" / "events.out").touch()
+    with pytest.raises(vs.VidurError, match="not a store of runs"):
+        open_store(tmp_path)
 
 
 def test_an_older_store_is_used_and_gets_the_new_version(tmp_path):

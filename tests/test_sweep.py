@@ -188,6 +188,8 @@ def test_a_part_may_be_replaced_and_changed(cluster, workload):
         ({"cluster.num_replicas": []}, "the grid is empty: cluster.num_replicas has no values"),
         ({"cluster.num_replicas": 4}, "cluster.num_replicas = 4: expected a list of values"),
         ([3], "the grid holds 3: expected values by name"),
+        ([vs.Cluster()], r"the grid holds Cluster\(.{,40}: expected .*'cluster': Cluster"),
+        ([{"seed": 1}], "the grid has 'seed', which is the same for all runs of a sweep: give it"),
         ({"cluster.num_replica": [1]}, "field of cluster 'num_replica': did you mean 'num_repl"),
         ({"num_replicas": [1]}, "'num_replicas': did you mean 'cluster.num_replicas'"),
         (
@@ -284,7 +286,7 @@ def test_without_joblib_the_message_says_what_to_install(cluster, workload, monk
     """One sentence instead of a traceback."""
     monkeypatch.setitem(sys.modules, "joblib", None)
     with pytest.raises(vs.ConfigError, match=r"pip install 'vidur-simpy\[search\]'"):
-        vs.sweep(cluster, workload, [{}])
+        vs.sweep(cluster, workload, [{}], jobs=2)
 
 
 # From the command line
@@ -364,7 +366,7 @@ def test_the_command_tells_failed_runs(command):
         (["--grid", "cluster.num_replicas=[1"], "expected key=value,value"),
         (["--grid", "cluster.num_replicas="], "the grid is empty: cluster.num_replicas has no v"),
         (["--grid", "cluster.num_replica=1"], "did you mean 'num_replicas'"),
-        (["--grid", "cluster.num_replicas=1", "--out", "no/t.csv"], "there is no folder no"),
+        (["--grid", "cluster.num_replicas=1", "--out", "no/t.csv"], "there is no folder 'no'"),
         (["--grid", "cluster.num_replicas=1", "--replications", "0"], "replications = 0"),
         (["--grid", "cluster.num_replicas=1", "--store", "."], "not a store of runs"),
     ],

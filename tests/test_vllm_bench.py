@@ -31,7 +31,10 @@ LISTS = {
     *("generated_texts", "errors", "server_queue_times", "server_ttfts"),
 }
 METRICS = ("ttft", "tpot", "itl", "e2el")
-SETUP = {"backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency"}
+SETUP = {
+    *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts"),
+    *("request_rate", "burstiness", "max_concurrency"),
+}
 
 # A run that a person can check: two requests served, one failed.
 BENCH = {
@@ -430,7 +433,7 @@ def test_parquet_keeps_every_table(recorded, tmp_path):
         old, new = getattr(recorded, name), getattr(loaded, name)
         assert old.equals(new)
         assert old.dtypes.tolist() == new.dtypes.tolist()
-    recorded.save(tmp_path / "saved")
+    recorded.save(tmp_path / "saved", overwrite=True)
     assert not list((tmp_path / "saved").glob("*.parquet"))
     assert vs.load_result(tmp_path / "saved").requests.equals(recorded.requests)
 

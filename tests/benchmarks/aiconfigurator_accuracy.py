@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from execution_time_rate import batch as recorded_batch
-from roofline_accuracy import Chunk, Counts
 
 import vidur_simpy as vs
 from vidur_simpy.execution_time import kernel_database
 from vidur_simpy.execution_time.aiconfigurator import AIConfigurator
+from vidur_simpy.measurements.iterations import Chunk, Iteration
 
 DEPLOYMENTS = (
     ("llama-3.1-8b", "h100", 1, {}),
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     """An iteration, and what the package says of it in seconds."""
 
     kind: str
-    batch: Counts
+    batch: Iteration
     seconds: float
 
 
@@ -58,14 +58,14 @@ def cases(
     for _ in range(num_points):
         num_decodes, context = _spread(rng, 1, 512), _spread(rng, 16, 32_768)
         seconds = engine.predict_decode_latency(num_decodes, context) / 1e3
-        yield Case("decodes", Counts(num_decodes, num_decodes * (context + 1), ()), seconds)
+        yield Case("decodes", Iteration(num_decodes, num_decodes * (context + 1), ()), seconds)
         length, prefix = _spread(rng, 16, 16_384), int(rng.integers(2)) * _spread(rng, 16, 32_768)
         seconds = engine.predict_prefill_latency(1, length + prefix, prefix) / 1e3
-        yield Case("one chunk", Counts(0, 0, (Chunk(length, length + prefix),)), seconds)
+        yield Case("one chunk", Iteration(0, 0, (Chunk(length, length + prefix),)), seconds)
         num_chunks, length = _spread(rng, 2, 16), _spread(rng, 16, 2048)
         seconds = engine.predict_prefill_latency(num_chunks, length + prefix, prefix) / 1e3
         chunks = (Chunk(length, length + prefix),) * num_chunks
-        yield Case("equal chunks", Counts(0, 0, chunks), seconds)
+        yield Case("equal chunks", Iteration(0, 0, chunks), seconds)
     with tempfile.TemporaryDirectory() as folder:
         model = RustForwardPassPerfModel.from_native(_native(request, Path(folder)))
         for kind, largest in (("unequal chunks", 0), ("chunks and decodes", 256)):
@@ -79,16 +79,16 @@ def _spread(rng: np.random.Generator, low: int, high: int) -> int:
     return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
 
 
-def _mixed(rng: np.random.Generator, most_decodes: int) -> Counts:
+def _mixed(rng: np.random.Generator, most_decodes: int) -> Iteration:
     chunks = []
     for _ in range(_spread(rng, 1, 8)):
         length, prefix = _spread(rng, 16, 2048), int(rng.integers(2)) * _spread(rng, 16, 8192)
         chunks.append(Chunk(length, prefix + length))
     num_decodes = _spread(rng, 1, most_decodes) if most_decodes else 0
-    return Counts(num_decodes, num_decodes * _spread(rng, 16, 16_384), tuple(chunks))
+    return Iteration(num_decodes, num_decodes * _spread(rng, 16, 16_384), tuple(chunks))
 
 
-def _sums(batch: Counts) -> dict[str, Any]:
+def _sums(batch: Iteration) -> dict[str, Any]:
     """Return a batch as the package takes it; the prefix counts as already in the KV cache."""
     tokens = sum(chunk.num_tokens for chunk in batch.prefills)
     return {

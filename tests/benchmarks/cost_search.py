@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import vidur_simpy as vs
-from vidur_simpy.search.candidates import successive_halving
+from vidur_simpy.search.narrowing import successive_halving
 from vidur_simpy.search.trials import outcomes
 
 NUM_GPUS = 16
@@ -125,7 +125,7 @@ def search(
 
     numbers = list(range(len(fleet)))
     if not exhaustive:
-        numbers = successive_halving(len(fleet), rank, least_share=0.15)[:3]
+        numbers = successive_halving(numbers, rank, share=0.15)[:3]
     rank(numbers, 1.0)
     price = PRICES[device] * NUM_GPUS
     best = sorted(numbers, key=lambda number: -found[number].rate)

@@ -20,42 +20,18 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from real_runs import PROFILES, RUNS, Run, profile_of, runs
 
+from vidur_simpy.measurements.iterations import Chunk, Iteration
+
 SAME_STEP = 4e-4
 """Seconds between what two replicas say of the end of one step, at most."""
 
 INFINITE_GBPS = 1e9
-
-
-class Chunk(NamedTuple):
-    """A prefill chunk: tokens computed, and in the KV cache afterwards."""
-
-    num_tokens: int
-    context: int
-
-
-class Counts(NamedTuple):
-    """A batch by its counts."""
-
-    num_decodes: int
-    decode_context: int
-    prefills: tuple[Chunk, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return self.num_decodes + sum(chunk.num_tokens for chunk in self.prefills)
-
-    @property
-    def num_attention_pairs(self) -> int:
-        """Tokens attended to, summed over the tokens computed."""
-        chunks = (n * end - n * (n - 1) // 2 for n, end in self.prefills)
-        return self.decode_context + sum(chunks)
 
 
 class Steps:
@@ -125,8 +101,8 @@ class Steps:
         """Return the kernels' time of a step; decodes are spread evenly over the replicas."""
         parts = [num_decodes // self._num_replicas] * self._num_replicas
         parts[-1] += num_decodes - sum(parts)
-        batches: list[Counts | None] = [
-            Counts(n, round(n * context), chunks if index == 0 else ())
+        batches: list[Iteration | None] = [
+            Iteration(n, round(n * context), chunks if index == 0 else ())
             for index, n in enumerate(parts)
         ]
         batches = [batch if batch and batch.num_tokens else None for batch in batches]

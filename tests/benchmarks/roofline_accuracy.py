@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import vidur_simpy as vs
+from vidur_simpy.measurements.iterations import Chunk, Iteration
 
 SYSTEMS = {
     "h100_sxm": "h100-80gb-sxm",
@@ -53,42 +54,11 @@ DECODES = list(itertools.product([2**power for power in range(9)], (128, 512, 20
 SOURCE = "kernel measurements of aiconfigurator-core (NVIDIA, Apache-2.0), vLLM tables"
 
 
-class Chunk(NamedTuple):
-    """A prefill chunk: tokens computed, and in the KV cache afterwards."""
-
-    num_tokens: int
-    context: int
-
-
-class Counts(NamedTuple):
-    """A batch by its counts."""
-
-    num_decodes: int
-    decode_context: int
-    prefills: tuple[Chunk, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return self.num_decodes + sum(chunk.num_tokens for chunk in self.prefills)
-
-    @property
-    def total_context(self) -> int:
-        """Tokens in the KV cache afterwards."""
-        return self.decode_context + sum(chunk.context for chunk in self.prefills)
-
-    @property
-    def num_attention_pairs(self) -> int:
-        """Tokens attended to, summed over the tokens computed."""
-        chunks = (n * end - n * (n - 1) // 2 for n, end in self.prefills)
-        return self.decode_context + sum(chunks)
-
-
 class Point(NamedTuple):
     """One iteration as measured: its batch, and seconds by operator."""
 
     kind: str
-    batch: Counts
+    batch: Iteration
     operators: dict[str, float]
 
     @property
@@ -130,13 +100,13 @@ def measured(
         operators, _ = handle.run_static_per_op(
             batch_size=num_sequences, isl=length + prefix, osl=2, prefix=prefix, mode="static_ctx"
         )
-        batch = Counts(0, 0, (Chunk(length, prefix + length),) * num_sequences)
+        batch = Iteration(0, 0, (Chunk(length, prefix + length),) * num_sequences)
         yield Point("prefill", batch, _named(operators))
     for num_decodes, context in DECODES:
         _, operators = handle.run_static_per_op(
             batch_size=num_decodes, isl=context, osl=2, mode="static_gen"
         )
-        batch = Counts(num_decodes, num_decodes * (context + 1), ())
+        batch = Iteration(num_decodes, num_decodes * (context + 1), ())
         yield Point("decode", batch, _named(operators))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from vidur_simpy.series import spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
@@ -19,28 +21,37 @@ if TYPE_CHECKING:
 __all__ = [
     "ABOVE",
     "BATCH_KINDS",
+    "BLACK",
     "BLUE",
     "COLOURS",
+    "COLOUR_MAP",
     "DEFAULT_BATCHES",
     "GREEN",
     "LINE_STYLES",
     "MARKS",
     "MAX_BARS",
     "MAX_NUMBERED_ROWS",
+    "MAX_ROWS",
     "MAX_ROW_LABELS",
     "MAX_STEPS",
+    "MAX_VECTOR_BARS",
+    "MIN_BATCHES",
     "NUM_SPANS",
     "ORANGE",
     "SKY_BLUE",
     "VERMILLION",
+    "as_label",
     "count",
     "draw_steps",
     "label_of",
+    "legend_above",
     "make_axes",
     "make_logarithmic",
     "mark_look",
     "marks_of",
     "name_of",
+    "outline",
+    "plain_logarithmic",
     "say_empty",
     "unit_of",
 ]
@@ -55,6 +66,8 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY_BLUE, BLACK = (
     "#000000",
 )
 COLOURS = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE, SKY_BLUE)
+# From dark to bright also in grey, and made for colour-blind readers.
+COLOUR_MAP = "cividis"
 LINE_STYLES = ("-", "--", "-.", ":")
 NAMES = {
     "ttft": "time to first token",
@@ -74,9 +87,15 @@ BATCH_KINDS = {
 MAX_STEPS = 1_000
 NUM_SPANS = 300
 MAX_BARS = 50_000
+# With more bars than this a figure holds them as pixels.
+MAX_VECTOR_BARS = 2_000
 DEFAULT_BATCHES = 60
+MIN_BATCHES = 10
+MAX_ROWS = 128
 MAX_ROW_LABELS = 40
 MAX_NUMBERED_ROWS = 24
+# Characters of small print that have room beside each other.
+LINE_LENGTH = 90
 # A legend between the title and the axes, where it hides no line.
 ABOVE: Any = {
     "loc": "lower center",
@@ -86,6 +105,11 @@ ABOVE: Any = {
 }
 
 
+def as_label(name: str) -> str:
+    r"""Return a name that a figure shows as it is: no formula in \$, no hidden label."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def make_axes(ax: Axes | None, height: float = 4.0) -> Axes:
     """Return the given axes, or those of a new figure."""
     if ax is not None:
@@ -93,6 +117,24 @@ def make_axes(ax: Axes | None, height: float = 4.0) -> Axes:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(7.0, height), layout="constrained")[1]
+
+
+def legend_above(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 4) -> None:
+    """Put the legend between the axes and the title, which makes room for it.
+
+    Names are in several columns where they are short, and cut where they are longer than a line.
+    """
+    if handles is None:
+        handles = ax.get_legend_handles_labels()[0]
+    names = [str(handle.get_label()) for handle in handles]
+    longest = max(map(len, names), default=0)
+    columns = max(1, min(columns, len(names), LINE_LENGTH // (longest + 4)))
+    shown = [
+        name if len(name) <= LINE_LENGTH else f"{name[: LINE_LENGTH - 3]}..." for name in names
+    ]
+    ax.legend(handles, shown, ncols=columns, **ABOVE)
+    num_rows = -(-len(names) // columns)
+    ax.set_title(ax.get_title(), pad=12 + 14 * num_rows)
 
 
 def say_empty(ax: Axes, message: str) -> None:
@@ -132,18 +174,26 @@ def mark_look(colour: str) -> dict[str, Any]:
 
 def make_logarithmic(ax: Axes) -> None:
     """Make the x axis logarithmic with plain numbers, which do not run into each other."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     ax.set_xscale("log")
     drawn = np.concatenate([np.asarray(line.get_xdata(), float) for line in ax.lines])
     positive = drawn[drawn > 0]
     # A curve drawn before may have set the left end to 0, which has no place on this axis.
     ax.set_xlim(positive.min() / 1.1, positive.max() * 1.1)
-    low, high = ax.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    plain_logarithmic(ax.xaxis, *ax.get_xlim())
+
+
+def plain_logarithmic(axis: Axis, low: float, high: float) -> None:
+    """Give a logarithmic axis from `low` to `high` plain numbers that have room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    subs: Sequence[float] = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    if high < 20 * low:
+        subs = (1.0, 2.0, 3.0, 5.0, 7.0)
+    if high < 4 * low:
+        subs = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_steps(
@@ -162,6 +212,13 @@ def draw_steps(
     return ax.plot(middle, mean, style, color=colour, label=label)[0]
 
 
+def outline() -> list[Any]:
+    """Return path effects that part a line from a dark or a hatched ground."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3.5, foreground="white")]
+
+
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural if there are several."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

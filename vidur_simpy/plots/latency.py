@@ -15,15 +15,18 @@ from vidur_simpy.plots.drawing import (
     ORANGE,
     VERMILLION,
     label_of,
+    legend_above,
     make_axes,
     make_logarithmic,
     mark_look,
     marks_of,
     name_of,
+    plain_logarithmic,
     say_empty,
     unit_of,
 )
 from vidur_simpy.series import (
+    check_windows,
     distribution,
     distribution_steps,
     numbers,
@@ -88,12 +91,11 @@ def cdf(
         below = np.searchsorted(values, at, side="left" if complementary else "right")
         heights = np.concatenate(([0.0], shares))[below]
         ax.plot(at, 1 - heights if complementary else heights, "o", **mark_look(colour))
-        ax.legend(loc="upper right" if complementary else "lower right", fontsize="small")
     else:
         say_empty(ax, f"no request has a value of {metric}")
     what = "output tokens" if metric == "itl" else "requests"
     if complementary:
-        ax.set_yscale("log")
+        _make_shares_logarithmic(ax)
         ax.set_ylabel(f"share of {what} at or above")
     else:
         ax.set_ylim(0, 1.03)
@@ -104,8 +106,19 @@ def cdf(
         ax.set_xlim(left=0)
     ax.set_xlabel(label_of(metric))
     ax.set_title(f"Distribution of the {name_of(metric)}")
+    curves = [line for line in ax.lines if line.get_gid() == "cdf"]
+    if curves:
+        legend_above(ax, curves, columns=1)
     ax.grid(alpha=0.3)
     return ax
+
+
+def _make_shares_logarithmic(ax: Axes) -> None:
+    """Make the y axis logarithmic, from below the least share drawn to a little above 1."""
+    ax.set_yscale("log")
+    plain_logarithmic(ax.yaxis, 1e-9, 1.0)
+    drawn = np.concatenate([[0.2], *(np.asarray(line.get_ydata(), float) for line in ax.lines)])
+    ax.set_ylim(drawn[drawn > 0].min() / 2, 1.5)
 
 
 def quantiles(
@@ -130,26 +143,31 @@ def quantiles(
     Raises
     ------
     ConfigError
-        If there is no such metric, or the window is not positive.
+        If there is no such metric, or the window is not positive or too short to be seen.
     """
-    if window is not None and not window > 0:
-        raise ConfigError(f"quantiles(): window = {window!r}: expected a positive number of s.")
+    if metric == "itl":
+        raise ConfigError(
+            "quantiles(): 'itl' belongs to tokens, not to requests: draw cdf('itl') or "
+            "quantiles('tpot')."
+        )
     values = numbers(result.requests, metric)
     arrived_at = result.requests["arrived_at"].to_numpy()[~np.isnan(values)]
     values = values[~np.isnan(values)]
+    check_windows("quantiles", window, arrived_at)
     ax = make_axes(ax)
+    ax.set_title(name_of(metric).capitalize())
     if len(values):
         window = window or round_window(arrived_at)
         middles, rows = windowed_quantiles(arrived_at, values, window, list(MARKS.values()))
         looks = (("p50", BLUE, "o-"), ("p90", ORANGE, "s--"), ("p99", VERMILLION, "^:"))
         for (name, colour, look), row in zip(looks, rows, strict=True):
             ax.plot(middles, row, look, color=colour, markersize=3.5, label=name)
+        ax.set_xlim(middles[0] - window / 2, middles[-1] + window / 2)
         ax.set_ylim(bottom=min(0.0, float(values.min())))
-        ax.legend(fontsize="small")
         ax.set_title(f"{name_of(metric).capitalize()}, by windows of {window:g} s")
+        legend_above(ax)
     else:
         say_empty(ax, f"no request has a value of {metric}")
-        ax.set_title(name_of(metric).capitalize())
     ax.set_xlabel("arrival (s)")
     ax.set_ylabel(label_of(metric))
     ax.grid(alpha=0.3)

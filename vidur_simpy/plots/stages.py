@@ -1,20 +1,24 @@
-"""Batches on their pipeline stages as bars."""
+"""Batches on their pipeline stages as bars, and the bubbles between them."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.plots.drawing import (
-    ABOVE,
     BATCH_KINDS,
     DEFAULT_BATCHES,
     MAX_BARS,
     MAX_NUMBERED_ROWS,
     MAX_ROW_LABELS,
+    MAX_ROWS,
+    MAX_VECTOR_BARS,
+    MIN_BATCHES,
+    legend_above,
     make_axes,
     say_empty,
 )
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["gantt"]
 
+BUBBLE: Any = {"facecolor": "0.9", "hatch": "xxxx", "edgecolor": "0.6", "linewidth": 0.0}
+
 
 def gantt(
     result: Result,
@@ -38,10 +44,13 @@ def gantt(
     duration: float | None = None,
     replica_id: int | None = None,
 ) -> Axes:
-    """Draw the batches on each pipeline stage as bars; gaps between them are idle time.
+    """Draw the batches on each pipeline stage as bars, and the bubbles between them.
 
     Bars of batches with prompt tokens only, with prompt and decode tokens, and with decode tokens
-    only differ in colour and hatch; a bar that has room bears the index of its batch.
+    only differ in colour and hatch; a bar that has room bears the index of its batch. While a
+    stage has no batch but another stage of its replica has one, that is a bubble, drawn as a thin
+    grey bar; while no stage has one, the replica is idle. The right axis tells the share of either
+    in the window, stage by stage, and the title that of all stages.
 
     Parameters
     ----------
@@ -51,9 +60,10 @@ def gantt(
     start : float, optional
         Start of the window in seconds; by default the first batch.
     duration : float, optional
-        Length of the window in seconds; by default about 60 batches of a replica.
+        Length of the window in seconds; by default about 60 batches of a replica, fewer where
+        there are so many stages that bars would get too narrow.
     replica_id : int, optional
-        Show this replica only.
+        Show this replica only; else all, or as many as have room (the title says how many).
 
     Raises
     ------
@@ -62,12 +72,7 @@ def gantt(
     NotAvailableError
         If stages were not recorded.
     """
-    stages = result.stages
-    if replica_id is not None:
-        known = sorted(set(stages["replica_id"]))
-        if replica_id not in known:
-            raise ConfigError(f"gantt(): replica_id = {replica_id!r}: expected one of {known}.")
-        stages = stages[stages["replica_id"] == replica_id]
+    stages, which = _chosen(result.stages, replica_id)
     # A batch that was on its stage when the run stopped has no end yet.
     end_of_run = result.info.get("simulated_time", stages["ended_at"].max())
     stages = stages.assign(ended_at=stages["ended_at"].fillna(end_of_run))
@@ -82,15 +87,35 @@ def gantt(
     rows = sorted(zip(places["replica_id"], places["stage_id"], strict=True))
     ax = make_axes(ax, height=min(12.0, 1.8 + 0.35 * len(rows)))
     ax.set_xlim(first, last)
+    gaps = _gaps(shown, rows, first, last)
     _draw_bars(ax, shown, rows)
+    _draw_bubbles(ax, gaps)
     is_deep = bool((stages["stage_id"] > 0).any())
-    names = [f"replica {r}, stage {s}" if is_deep else f"replica {r}" for r, s in rows]
-    every = math.ceil(len(rows) / MAX_ROW_LABELS) or 1
-    ax.set_yticks(range(0, len(rows), every), names[::every])
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+    _name_rows(ax, rows, gaps, is_deep)
+    ax.ticklabel_format(axis="x", useOffset=False)
     ax.set_xlabel("time (s)")
-    ax.set_title("Batches on their stages", pad=26)
+    said = [f"{gaps.bubble_share.mean():.1%} bubbles"] if is_deep else []
+    said += [f"{gaps.idle_share.mean():.1%} idle"] if rows else []
+    ax.set_title("Batches on their stages" + ": " * bool(said) + ", ".join(said) + which)
+    legend_above(ax)
     return ax
+
+
+def _chosen(stages: pd.DataFrame, replica_id: int | None) -> tuple[pd.DataFrame, str]:
+    """Return the stages of one replica or of the first ones, and how to say so in the title."""
+    ids = stages["replica_id"]
+    known = sorted(set(ids))
+    if replica_id is not None:
+        if replica_id not in known:
+            listed = str(known) if len(known) <= 20 else f"{known[0]}, {known[1]}, ..., {known[-1]}"
+            raise ConfigError(f"gantt(): replica_id = {replica_id!r}: expected one of {listed}.")
+        return stages[ids == replica_id], ""
+    num_stages = stages["stage_id"].nunique() or 1
+    num_replicas = max(1, MAX_ROWS // num_stages)
+    if len(known) <= num_replicas:
+        return stages, ""
+    which = f"\nfirst {num_replicas:,} of {len(known):,} replicas"
+    return stages[ids <= known[num_replicas - 1]], which
 
 
 def _window(
@@ -107,33 +132,107 @@ def _window(
     if later.empty:
         return start, start + 1.0
     one = later[later["replica_id"] == later["replica_id"].iloc[0]]
+    num_rows = len(stages[["replica_id", "stage_id"]].drop_duplicates())
+    num_batches = max(MIN_BATCHES, min(DEFAULT_BATCHES, MAX_VECTOR_BARS // num_rows))
     batch = one["batch_index"]
-    return start, float(one.loc[batch < batch.min() + DEFAULT_BATCHES, "ended_at"].max())
+    return start, float(one.loc[batch < batch.min() + num_batches, "ended_at"].max())
 
 
 def _draw_bars(ax: Axes, stages: pd.DataFrame, rows: list[tuple[int, int]]) -> None:
-    from matplotlib.collections import PolyCollection
-
     left, right = stages["started_at"].to_numpy(), stages["ended_at"].to_numpy()
     places = zip(stages["replica_id"], stages["stage_id"], strict=True)
     number = {row: index for index, row in enumerate(rows)}
     middle = np.array([number[place] for place in places], dtype=np.float64)
-    top, bottom = middle - 0.35, middle + 0.35
-    corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1)
     has_prefill = stages["num_prefill_tokens"].to_numpy() > 0
     has_decode = stages["num_decode_tokens"].to_numpy() > 0
     chosen = (has_prefill & ~has_decode, has_prefill & has_decode, ~has_prefill)
     for (kind, (colour, hatch)), mask in zip(BATCH_KINDS.items(), chosen, strict=True):
-        if mask.any():
-            shapes: Any = corners[mask].reshape(-1, 4, 2)
-            look: Any = {"facecolor": colour, "hatch": hatch, "edgecolor": "0.2", "linewidth": 0.4}
-            ax.add_collection(PolyCollection(shapes, label=kind, **look))
-    if len(stages):
-        ax.legend(**ABOVE, ncols=len(BATCH_KINDS))
-    else:
+        look = {"facecolor": colour, "hatch": hatch, "edgecolor": "0.2", "linewidth": 0.4}
+        _add_boxes(ax, left[mask], right[mask], middle[mask], 0.35, label=kind, **look)
+    if not len(stages):
         say_empty(ax, "no batch in this window")
     if len(rows) <= MAX_NUMBERED_ROWS:
         _number_bars(ax, left, right, middle, stages["batch_index"].to_numpy())
+
+
+def _draw_bubbles(ax: Axes, gaps: _Gaps) -> None:
+    _add_boxes(ax, gaps.left, gaps.right, gaps.row, 0.15, label="bubble", **BUBBLE)
+
+
+def _add_boxes(
+    ax: Axes,
+    left: NDArray[np.float64],
+    right: NDArray[np.float64],
+    middle: NDArray[np.float64],
+    half_height: float,
+    **look: Any,
+) -> None:
+    """Draw boxes as one path; as pixels where they are too many for a small vector file."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    if len(left):
+        top, bottom = middle - half_height, middle + half_height
+        corners = [left, top, right, top, right, bottom, left, bottom, left, top]
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+        boxes = Path(np.stack(corners, axis=1).reshape(-1, 2), np.tile(codes, len(left)))
+        ax.add_patch(PathPatch(boxes, rasterized=len(left) > MAX_VECTOR_BARS, **look))
+
+
+def _name_rows(ax: Axes, rows: list[tuple[int, int]], gaps: _Gaps, is_deep: bool) -> None:
+    """Name replicas and stages on the left, and tell on the right how long they had no batch."""
+    names = [f"replica {r}, stage {s}" if is_deep else f"replica {r}" for r, s in rows]
+    every = math.ceil(len(rows) / MAX_ROW_LABELS) or 1
+    ticks = range(0, len(rows), every)
+    ax.set_yticks(ticks, names[::every])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    if rows:
+        right = ax.secondary_yaxis("right")
+        shares = np.column_stack([gaps.bubble_share, gaps.idle_share][not is_deep :])
+        texts = [" + ".join(f"{share:.0%}" for share in row) for row in shares[::every]]
+        right.set_yticks(ticks, texts, fontsize="small")
+        right.set_ylabel("bubbles + idle" if is_deep else "idle")
+
+
+class _Gaps(NamedTuple):
+    """Bubbles in a window, and the share of it that each row spent in bubbles and idle."""
+
+    left: NDArray[np.float64]
+    right: NDArray[np.float64]
+    row: NDArray[np.float64]
+    bubble_share: NDArray[np.float64]
+    idle_share: NDArray[np.float64]
+
+
+def _gaps(
+    stages: pd.DataFrame, rows: Sequence[tuple[int, int]], first: float, last: float
+) -> _Gaps:
+    boxes = [np.empty((3, 0))]
+    shares = np.empty((len(rows), 2))
+    of_row = dict(list(stages.groupby(["replica_id", "stage_id"])))
+    of_replica = dict(list(stages.groupby("replica_id")))
+    for index, row in enumerate(rows):
+        work = of_replica.get(row[0], stages[:0])
+        ends = np.concatenate([work["started_at"], work["ended_at"], [first, last]])
+        edges = np.unique(np.clip(ends, first, last))
+        is_busy = _covered(of_row.get(row, stages[:0]), edges)
+        is_working = _covered(work, edges)
+        is_bubble = is_working & ~is_busy
+        length = np.diff(edges) / (last - first)
+        shares[index] = length[is_bubble].sum(), length[~is_working].sum()
+        turns = np.flatnonzero(np.diff(np.concatenate([[False], is_bubble, [False]])))
+        left, right = edges[turns[::2]], edges[turns[1::2]]
+        boxes.append(np.stack([left, right, np.full(len(left), index)]))
+    return _Gaps(*np.concatenate(boxes, axis=1), *shares.T)
+
+
+def _covered(stages: pd.DataFrame, edges: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return between which edges some batch is on a stage."""
+    num_started, num_ended = (
+        np.searchsorted(np.sort(stages[column].to_numpy()), edges[:-1], side="right")
+        for column in ("started_at", "ended_at")
+    )
+    return num_started > num_ended
 
 
 def _number_bars(

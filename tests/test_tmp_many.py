@@ -1,0 +1,152 @@
+"""A run that nobody can look into is one plain loop, and leaves what the processes leave."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+from unittest import mock
+
+import pandas as pd
+import pytest
+from against_oracle import Given
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vidur_simpy as vs
+from vidur_simpy import plain_loop
+
+SCHEDULERS: dict[str, Any] = {
+    "vllm": vs.Vllm(max_num_seqs=5, max_num_batched_tokens=200),
+    "vllm_one": vs.Vllm(max_num_seqs=1),
+    "sarathi": vs.Sarathi(max_num_seqs=6, chunk_size=64),
+    "sarathi_narrow": vs.Sarathi(max_num_seqs=6, chunk_size=4),
+}
+EXECUTION_TIMES = {
+    "linear": vs.Linear(),
+    "ties": vs.Linear(base=0.25, per_token=0.0, per_context_token=0.0),
+    "roofline": vs.Roofline(),
+}
+ROUTERS = ["round_robin", "random", "least_outstanding_requests", "least_waiting_requests"]
+
+
+def cluster(**settings: Any) -> vs.Cluster:
+    """A small cluster."""
+    given = {"model": "llama-3-8b", "device": "a100-80gb-sxm", "max_model_len": 512}
+    return vs.Cluster(**given | settings)
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> vs.Cluster:
+    """Clusters that the loop knows, short of memory or not."""
+    block_size = draw(st.sampled_from([1, 4, 16]))
+    longest = -(-512 // block_size)  # in blocks
+    blocks = st.integers(longest + 2, 2 * longest) | st.just(50_000)
+    return cluster(
+        num_replicas=draw(st.integers(1, 3)),
+        kv_cache=vs.KVCache(block_size=block_size, num_blocks=draw(blocks)),
+        replica_scheduler=SCHEDULERS[draw(st.sampled_from(sorted(SCHEDULERS)))],
+        global_scheduler=draw(st.sampled_from(ROUTERS)),
+        execution_time=EXECUTION_TIMES[draw(st.sampled_from(sorted(EXECUTION_TIMES)))],
+    )
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[tuple[float, int, int]]:
+    """Arrivals, many at one instant or at the end of a batch; some that can never run."""
+    gaps = st.sampled_from([0.0, 0.25, 0.01, 1.0, 3.5])
+    made, now = [], 0.0
+    lengths = st.tuples(gaps, st.integers(1, 500), st.integers(1, 200))
+    for gap, prompt, output in draw(st.lists(lengths, min_size=1, max_size=25)):
+        now += gap
+        made.append((now, prompt, output))
+    return made
+
+
+def by_processes(cluster: vs.Cluster, rows: list[tuple[float, int, int]]) -> vs.Result:
+    """Run by the processes alone."""
+    with mock.patch.object(plain_loop, "_knows", return_value=False):
+        return vs.simulate(cluster, Given(rows), seed=1)
+
+
+def assert_equal(ours: vs.Result, theirs: vs.Result) -> None:
+    """To the last bit."""
+    for table in ("requests", "replicas", "timeline"):
+        pd.testing.assert_frame_equal(
+            getattr(ours, table), getattr(theirs, table), check_exact=True
+        )
+    assert ours.info["simulated_time"] == theirs.info["simulated_time"]
+
+
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cluster=clusters(), rows=rows())
+def test_the_loop_equals_the_processes(
+    cluster: vs.Cluster, rows: list[tuple[float, int, int]]
+) -> None:
+    """Requests, replicas and timeline are equal, also when blocks run short on the way."""
+    assert_equal(vs.simulate(cluster, Given(rows), seed=1), by_processes(cluster, rows))
+
+
+class Interrupting(Given):
+    """A workload during whose arrivals somebody presses ctrl-C."""
+
+    def requests(self, *streams: Any) -> Any:
+        """Return the table, whose requests raise the signal on the way."""
+        table = super().requests(*streams)
+        whole = list(table.iterate())
+
+        def iterate() -> Any:
+            for request in whole:
+                if request.request_id in (9, 15):
+                    signal.raise_signal(signal.SIGINT)
+                yield request
+
+        object.__setattr__(table, "iterate", iterate)
+        return table
+
+
+@pytest.mark.parametrize("execution_time", sorted(EXECUTION_TIMES))
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_ctrl_c_leaves_the_rest_to_the_processes(scheduler: str, execution_time: str) -> None:
+    """It stops between two instants with all that was computed, and goes on to the same end."""
+    rows = [(0.3 * index, 10 * index + 1, 40) for index in range(20)]
+    settings = cluster(
+        num_replicas=2,
+        replica_scheduler=SCHEDULERS[scheduler],
+        execution_time=EXECUTION_TIMES[execution_time],
+    )
+    sim = vs.Simulation(settings, Interrupting(rows), seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        sim.run()
+    assert 0 < sim.env.now <= 0.3 * 9
+    held = sum(replica.num_outstanding for replica in sim.replicas)
+    seen = sim.result().requests
+    assert len(seen) == held + int(seen.completed_at.notna().sum())
+    with pytest.raises(KeyboardInterrupt):
+        sim.run()
+    sim.run()
+    assert_equal(sim.result(), by_processes(settings, rows))
+
+
+def test_an_impossible_time_is_said_by_the_stage() -> None:
+    """The error is that of the processes, and what was computed is kept."""
+    endless = cluster(execution_time=vs.Linear(base=1e308, per_token=1e308))
+    with pytest.raises(vs.SimulationError, match="expected a finite number >= 0") as raised:
+        vs.simulate(endless, Given([(0.0, 10, 5)]))
+    assert len(raised.value.result.requests) == 1
+
+
+def test_the_loop_raises_no_events() -> None:
+    """That is what it is for; a process of the user's has it step aside."""
+    workload = vs.Workload(vs.Poisson(rate=2.0), vs.FixedLengths(100, 20), num_requests=50)
+    settings = cluster(replica_scheduler=vs.Sarathi())
+    alone = vs.Simulation(settings, workload)
+    alone.run()
+    watched = vs.Simulation(settings, workload)
+
+    def watch() -> Any:
+        yield watched.env.timeout(1.0)
+
+    watched.env.process(watch())
+    watched.run()
+    assert alone.env.num_events < 15 < 100 < watched.env.num_events
+    assert_equal(alone.result(), watched.result())
