@@ -7,6 +7,18 @@
 >>> result = vs.simulate(cluster, workload, seed=0)
 >>> len(result.requests)
 50
+
+Everything that most users need is a name of this module. Its rooms hold more:
+
+- to write your own: `vidur_simpy.workload`, `vidur_simpy.global_scheduler`,
+  `vidur_simpy.replica_scheduler`, `vidur_simpy.replica_scheduler.ordering`,
+  `vidur_simpy.execution_time`, `vidur_simpy.validation`;
+- on the clock: `vidur_simpy.kernel`, `vidur_simpy.processes`, `vidur_simpy.kv_cache`;
+- what is simulated: `vidur_simpy.hardware`;
+- results: `vidur_simpy.result`, `vidur_simpy.plots`, `vidur_simpy.explanation`,
+  `vidur_simpy.economics`, `vidur_simpy.exchange.exports`, `vidur_simpy.statistics`;
+- decisions and measurements: `vidur_simpy.search`, `vidur_simpy.calibration`,
+  `vidur_simpy.measurements`.
 """
 
 from __future__ import annotations
@@ -72,6 +84,7 @@ _SHELF = {
         "Sweep",
         "capacity",
         "pareto",
+        "plot_attainment",
         "plot_front",
         "plot_throughput_latency",
         "recommend",
@@ -173,6 +186,7 @@ __all__ = [
     "metrics_dictionary",
     "paired_difference",
     "pareto",
+    "plot_attainment",
     "plot_front",
     "plot_throughput_latency",
     "read_measurement",
@@ -238,6 +252,7 @@ if TYPE_CHECKING:
         Sweep,
         capacity,
         pareto,
+        plot_attainment,
         plot_front,
         plot_throughput_latency,
         recommend,

@@ -17,7 +17,8 @@ def ctrl_c_between_events(interrupt: Callable[[bool], None]) -> Iterator[None]:
     """Hear a ctrl-C when the present event is done, so that nothing is left half done.
 
     `interrupt` is told True at the first one, which is then to end the run, and False at the end.
-    A second one is heard at once. A handler of the user's own stays in charge.
+    One that comes in the last event is heard after it. A second one is heard at once. A handler of
+    the user's own stays in charge.
     """
     usual = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
@@ -25,7 +26,11 @@ def ctrl_c_between_events(interrupt: Callable[[bool], None]) -> Iterator[None]:
         yield
         return
 
+    is_heard = False
+
     def note(*_: Any) -> None:
+        nonlocal is_heard
+        is_heard = True
         interrupt(True)
         signal.signal(signal.SIGINT, usual)
 
@@ -35,6 +40,8 @@ def ctrl_c_between_events(interrupt: Callable[[bool], None]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, usual)
         interrupt(False)
+    if is_heard:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vidur_simpy.errors import ConfigError, SimulationError, VidurError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["main"]
 
@@ -24,6 +27,21 @@ set_option = click.option(
     multiple=True,
     help="Replace a setting, as in cluster.num_replicas=8; may be given several times.",
 )
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace what an earlier command left at --out."
+)
+jobs_option = click.option(
+    "--jobs", type=int, default=-1, help="Workers; one per core if not given."
+)
+
+
+def table_option(rows: str) -> Callable[[Any], Any]:
+    """Return the option of a command that prints a table; see `_check_file` and `_keep`."""
+    return click.option(
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help=f"CSV file for {rows}; nothing is written without it.",
+    )
 
 
 @click.group(context_settings=CONTEXT)
@@ -50,29 +68,33 @@ def commands() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the tables and figures; nothing is written without it.",
 )
+@overwrite_option
 def run(
     config: str,
     overrides: Sequence[str],
     record: Sequence[str],
     record_to: Path | None,
     out: Path | None,
+    overwrite: bool,
 ) -> None:
     """Run CONFIG and print the summary."""
     from vidur_simpy import Simulation
-    from vidur_simpy.storage import check_target
+    from vidur_simpy.storage import check_target, make_target
 
     arguments, until = _arguments(config, overrides)
     arguments["record"] = [*_names(arguments.get("record", ())), *record]
     if out is not None:
-        check_target(out)
+        check_target(out, overwrite=overwrite)
         if record_to is not None and record_to.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"--record-to {record_to}: expected a folder outside of --out {out}.")
     simulation = Simulation(**arguments, record_to=record_to)
+    if out is not None:
+        make_target(out, overwrite=overwrite)
     try:
         simulation.run(until)
     finally:
         # Whatever ended the run, what it computed is shown and kept.
-        _show(simulation.result(), out)
+        _show(simulation.result(), out, overwrite)
 
 
 @commands.command()
@@ -92,12 +114,9 @@ def run(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder that keeps each run as it is done: the same command goes on after a kill.",
 )
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="CSV file for the whole table; nothing is written without it.",
-)
-@click.option("--jobs", type=int, default=-1, help="Workers; one per core if not given.")
+@table_option("the whole table")
+@overwrite_option
+@jobs_option
 def sweep(
     config: str,
     overrides: Sequence[str],
@@ -105,6 +124,7 @@ def sweep(
     replications: int,
     store: Path | None,
     out: Path | None,
+    overwrite: bool,
     jobs: int,
 ) -> None:
     """Run CONFIG with every combination of some settings and print a row for each."""
@@ -112,17 +132,14 @@ def sweep(
     from vidur_simpy.config import read_grid
 
     arguments, until = _arguments(config, overrides)
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    _check_file(out, overwrite)
     arguments["record"] = _names(arguments.get("record", ()))
     values = read_grid(grid)
     made = vidur_simpy.sweep(
         **arguments, grid=values, until=until, replications=replications, store=store, jobs=jobs
     )
     click.echo(str(made))
-    if out is not None:
-        made.table.to_csv(out, index=False, lineterminator="\n")
-        click.echo(f"The table is in {out}.")
+    _keep(made.table, out, overwrite, "The table is")
     errors = [error for error in made.table["error"] if error]
     if errors:
         raise SimulationError(f"{len(errors)} of {len(made)} runs failed; the first: {errors[0]}")
@@ -141,12 +158,9 @@ def sweep(
 )
 @click.option("--tolerance", type=float, default=0.05, help="How close to come, 0.05 if not given.")
 @click.option("--max-replications", type=int, default=32, help="Most runs at one rate.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="CSV file for the rates that were tried; nothing is written without it.",
-)
-@click.option("--jobs", type=int, default=-1, help="Workers; one per core if not given.")
+@table_option("the rates that were tried")
+@overwrite_option
+@jobs_option
 def capacity(
     config: str,
     overrides: Sequence[str],
@@ -154,14 +168,14 @@ def capacity(
     tolerance: float,
     max_replications: int,
     out: Path | None,
+    overwrite: bool,
     jobs: int,
 ) -> None:
     """Find the highest arrival rate at which CONFIG meets a service-level objective."""
     import vidur_simpy
 
     arguments, _ = _arguments(config, overrides)
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}.")
+    _check_file(out, overwrite)
     found = vidur_simpy.capacity(
         arguments["cluster"],
         arguments["workload"],
@@ -173,9 +187,7 @@ def capacity(
     )
     click.echo(found.curve.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     click.echo(str(found))
-    if out is not None:
-        found.curve.to_csv(out, index=False, lineterminator="\n")
-        click.echo(f"The rates that were tried are in {out}.")
+    _keep(found.curve, out, overwrite, "The rates that were tried are")
 
 
 @commands.command()
@@ -211,13 +223,33 @@ def _names(record: Any) -> list[Any]:
     return list(record) if is_several else [record]
 
 
-def _show(result: Any, out: Path | None) -> None:
+def _check_file(out: Path | None, overwrite: bool) -> None:
+    """Refuse a file that cannot be written before anything runs."""
+    from vidur_simpy.exchange.files import check_new
+
+    if out is not None:
+        check_new(out, overwrite=overwrite)
+
+
+def _keep(table: pd.DataFrame, out: Path | None, overwrite: bool, what: str) -> None:
+    from vidur_simpy.exchange.files import new_path
+
+    if out is not None:
+        with new_path(out, overwrite=overwrite) as path:
+            table.to_csv(path, index=False, lineterminator="\n")
+        click.echo(f"{what} in {out}.")
+
+
+def _show(result: Any, out: Path | None, overwrite: bool) -> None:
+    from vidur_simpy.exchange.files import new_path
+
     click.echo(str(result))
     if out is None:
         return
-    result.save(out)
+    result.save(out, overwrite=overwrite)
     for name, axes in (("timeline", result.plot.timeline()), ("ttft", result.plot.cdf("ttft"))):
-        axes.figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")
+        with new_path(out / f"{name}.png", overwrite=overwrite) as path:
+            axes.figure.savefig(path, dpi=150, bbox_inches="tight")
     click.echo(f"Tables and figures are in {out}.")
 
 

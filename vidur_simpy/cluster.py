@@ -196,7 +196,7 @@ vllm_v1.
     def make_scheduler(
         self, pool: BlockPool, stage_time: StageTime | None = None
     ) -> ReplicaScheduler:
-        """Make the scheduler of one replica."""
+        """Make the scheduler of a replica with this `pool`; it may predict by `stage_time`."""
         resources = ReplicaResources(
             pool=pool,
             max_model_len=self.max_tokens,

@@ -95,4 +95,16 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "execution_time": ("s", "its time in all of them"),
         "share": ("", "share of the execution time of its stage, 0 to 1"),
     },
+    "phases": {
+        "request_id": ("", "number of the request"),
+        "arrived_at": ("s", "instant of its arrival; the times below add up from there"),
+        "queue_time": ("s", "from its arrival until a stage takes it: routing and queue"),
+        "prefill_time": ("s", "on a stage with its prompt, for the first time"),
+        "prefill_wait_time": ("s", "on no stage between pieces of its prompt"),
+        "decode_time": ("s", "on a stage decoding, what the decodes alone would take"),
+        "decode_stall_time": ("s", "on a stage decoding, what prompts in its batches add"),
+        "decode_wait_time": ("s", "on no stage behind its prompt: in no batch, or between stages"),
+        "restart_wait_time": ("s", "on no stage since a preemption, until its loss is made up"),
+        "recomputation_time": ("s", "on a stage with tokens that a preemption threw away"),
+    },
 }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from vidur_simpy import plots
-from vidur_simpy.errors import ConfigError
+from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.plots.drawing import ABOVE, COLOURS, make_axes, say_empty, unit_of
-from vidur_simpy.result import Result
+from vidur_simpy.result import NotAvailableError, Result
 from vidur_simpy.statistics.differences import Pair, judge, why_not_paired
 from vidur_simpy.statistics.resampling import MIN_BLOCKS
-from vidur_simpy.summary import digits, html_table
+from vidur_simpy.summary import aligned, digits, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,8 +187,8 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        differences = _aligned([_HEADER, *self._cells()])
-        figures = _aligned([["", *self.results], *self._figure_cells()])
+        differences = aligned([_HEADER, *self._cells()])
+        figures = aligned([["", *self.results], *self._figure_cells()])
         return "\n".join([self._heading(), "", *differences, "", *figures, "", *self._remarks()])
 
     def _repr_html_(self) -> str:
@@ -251,6 +251,11 @@ class ComparisonPlot:
 
     def __init__(self, comparison: Comparison) -> None:
         self._comparison = comparison
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = [each for each in dir(type(self)) if not each.startswith("_")]
+        # An AttributeError, which is what copying and display hooks expect of a missing name.
+        raise NotAvailableError(str(unknown_name("plot of a comparison", name, known)))
 
     def cdf(
         self,
@@ -373,13 +378,6 @@ def _draw_differences(
 def _as_label(name: str) -> str:
     r"""Return a name that a figure shows as it is: no formula in \$, no hidden label."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line of text for each row, with columns as wide as they need."""
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = ("".join(map(str.ljust, row, widths)) for row in rows)
-    return [line.rstrip() for line in lines]
 
 
 def _plain(value: float) -> str:

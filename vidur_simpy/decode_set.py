@@ -54,7 +54,7 @@ class SharedSteps:
         request._joined_at_execution_time += execution_time
 
     def add_times(self, execution_times: Numbers, now: float) -> None:
-        """Count steps that took so many seconds each, the last of which ended at `now`."""
+        """Count steps that took `execution_times` seconds, the last of which ended at `now`."""
         self.iteration += len(execution_times)
         self.execution_time = added(self.execution_time, execution_times)
         self.last_end = now
@@ -191,7 +191,7 @@ class DecodeSet(SharedSteps):
         self.num_processed_tokens -= request._processed
 
     def absorb(self, others: Iterable[Request]) -> None:
-        """Add requests, in their order; those that decode in another set leave it."""
+        """Add `others` in their order; those that decode in another set leave it."""
         for request in others:
             if request.decode_set is not None:
                 request.decode_set.leave(request)
@@ -221,9 +221,17 @@ class DecodeSet(SharedSteps):
 
     def finish(self) -> list[Request]:
         """Take out the members that have their last token; there are some."""
-        finished = self._finishing.pop(self.iteration)
+        iteration, block_size = self.iteration, self.block_size
+        finished = self._finishing.pop(iteration)
         for request in finished:
-            self._forget(request)
+            joined_at = request._joined_at_iteration
+            self._block_phases[(1 - request._processed + joined_at) % block_size] -= 1
+            del self.members[request]
+            request.execution_time, request.preempted_time = self.times_of(request)
+            request.last_stage_end = self.last_end
+            request.decode_set = None
+            request._processed += iteration - joined_at
+            self.num_processed_tokens -= request._processed
         finishes = self._finishes
         while finishes and finishes[0] <= self.iteration:
             heappop(finishes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from vidur_simpy.precision import (
     kv_cache_bytes,
     precision,
 )
+from vidur_simpy.splits import check_size, data_parallel_sizes, divisors, tensor_parallel_sizes
 from vidur_simpy.validation import configuration
 
 __all__ = ["Deployment"]
@@ -80,9 +80,9 @@ class Deployment:
         self._check_experts()
         mlps = f"{model.num_experts} experts" if self.enable_expert_parallel else "MLPs"
         parts = f"{model.num_heads} heads and {model.num_kv_heads} KV heads (and the {mlps})"
-        _check_size(self, "tensor_parallel_size", parts, _tensor_parallel_sizes(self))
+        check_size(self, "tensor_parallel_size", parts, tensor_parallel_sizes(self))
         layers = f"{model.num_layers} layers"
-        _check_size(self, "pipeline_parallel_size", layers, _divisors(model.num_layers))
+        check_size(self, "pipeline_parallel_size", layers, divisors(model.num_layers))
         kv_cache_bytes(self.kv_cache_dtype, "Deployment.kv_cache_dtype")
         if self.quantization is not None:
             precision(self.quantization, "Deployment.quantization")
@@ -96,8 +96,8 @@ class Deployment:
             if self.enable_expert_parallel:
                 self._refuse("enable_expert_parallel", "which gives devices whole experts")
         what = "experts" if self.enable_expert_parallel else "columns of each expert"
-        parts = f"{self._expert_parts} {what}"
-        _check_size(self, "data_parallel_size", parts, _data_parallel_sizes(self))
+        parts = f"{self.expert_parts} {what}"
+        check_size(self, "data_parallel_size", parts, data_parallel_sizes(self))
 
     def _refuse(self, field: str, meaning: str) -> None:
         raise ConfigError(
@@ -138,7 +138,8 @@ class Deployment:
         return width if self.enable_expert_parallel else width // self.expert_devices
 
     @property
-    def _expert_parts(self) -> int:
+    def expert_parts(self) -> int:
+        """What the devices share of a layer's experts: the experts, or the columns of each."""
         model = self.model
         return model.num_experts if self.enable_expert_parallel else model.moe_intermediate_size
 
@@ -250,10 +251,10 @@ class Deployment:
     def working_bytes(self, max_num_batched_tokens: int = 2048) -> int:
         """Return the memory that one device keeps for activations and the runtime.
 
-        Whichever is larger: the hidden states of a batch (four of the model's width, and the
-        MLP's up, gate and output), or ten 32-bit copies of the logits of 256 sequences, which
-        the sampler's sort needs; and 0.5 GiB for graphs and communication. vLLM measured a peak
-        of 1.26 GiB for Llama-3-8B at tensor parallelism 1 and 2 alike
+        Whichever is larger: the hidden states of `max_num_batched_tokens` tokens (four of the
+        model's width, and the MLP's up, gate and output), or ten 32-bit copies of the logits of 256
+        sequences, which the sampler's sort needs; and 0.5 GiB for graphs and communication. vLLM
+        measured a peak of 1.26 GiB for Llama-3-8B at tensor parallelism 1 and 2 alike
         (github.com/vllm-project/vllm/pull/10511): its logits, 10 x 256 x 128256 x 4 bytes.
         """
         model = self.model
@@ -358,8 +359,8 @@ class _Plan(NamedTuple):
 
     def larger(self, deployment: Deployment) -> str:
         """Name the split that would do on the fewest nodes, within a node if it can."""
-        depths = _divisors(deployment.model.num_layers)
-        widths = _tensor_parallel_sizes(deployment)
+        depths = divisors(deployment.model.num_layers)
+        widths = tensor_parallel_sizes(deployment)
         here = deployment.pipeline_parallel_size
         splits = [(width, depth) for width in widths for depth in depths if depth >= here]
 
@@ -377,36 +378,3 @@ class _Plan(NamedTuple):
                     return f"tensor_parallel_size >= {width}"
                 return f"tensor_parallel_size={width} with pipeline_parallel_size={depth}"
         return "a device with more memory"
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _tensor_parallel_sizes(deployment: Deployment) -> list[int]:
-    """Sizes that split the heads and MLPs, and split the KV heads or hold each equally often."""
-    model, dp = deployment.model, deployment.data_parallel_size
-    shared = model.num_shared_experts * model.moe_intermediate_size
-    widths = (model.intermediate_size, shared, deployment._expert_parts // dp)
-    num_kv_heads = model.num_kv_heads
-    return [
-        size
-        for size in _divisors(model.num_heads)
-        if num_kv_heads % size == 0 or size % num_kv_heads == 0
-        if not any(width % size for width in widths)
-    ]
-
-
-def _data_parallel_sizes(deployment: Deployment) -> list[int]:
-    """Sizes that split the experts; 1 if there are none."""
-    return _divisors(deployment._expert_parts) or [1]
-
-
-def _check_size(deployment: Deployment, field: str, parts: str, sizes: Iterable[int]) -> None:
-    given = getattr(deployment, field)
-    if given not in (valid := list(sizes)):
-        valid.sort(key=lambda size: (abs(size - given), size))
-        raise ConfigError(
-            f"Deployment.{field} = {given} does not split the {parts} of "
-            f"{deployment.model.name}: expected one of {', '.join(map(str, valid))}."
-        )

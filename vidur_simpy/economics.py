@@ -28,7 +28,7 @@ class Economics:
 
     def energy(
         self, *, idle_power_w: float | None = None, peak_power_w: float | None = None
-    ) -> pd.Series[float]:
+    ) -> pd.Series:
         """Return the energy that the devices take.
 
         `power.mean_power_w` is the model, with its sources and limits: between idle and peak power,
@@ -85,7 +85,7 @@ class Economics:
         }
         return pd.Series(figures | _per_million(result, "kwh", kwh), name="energy")
 
-    def cost(self, price_per_gpu_hour: float) -> pd.Series[float]:
+    def cost(self, price_per_gpu_hour: float) -> pd.Series:
         """Return what the devices cost, in the currency of the price.
 
         Parameters

@@ -164,10 +164,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         """Output tokens it got so far; at the end `num_decode_tokens`, unless it ended early."""
-        return max(self.num_processed_tokens, self.prefill_target) - self.num_prefill_tokens
+        processed = self._processed if self.decode_set is None else self.num_processed_tokens
+        return max(processed, self.prefill_target) - self.num_prefill_tokens
 
     def start_prefill(self, num_cached_tokens: int) -> None:
-        """Begin a prefill behind the tokens that the prefix cache has."""
+        """Begin a prefill behind the `num_cached_tokens` that the prefix cache has."""
         self._processed = self.num_scheduled_tokens = num_cached_tokens
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_cached_tokens
@@ -178,7 +179,7 @@ class Request:
         return PrefillChunk(self, num_tokens, self._processed + num_tokens)
 
     def end_chunk(self, num_tokens: int) -> bool:
-        """Count a prefill chunk whose batch has ended; the last one yields an output token.
+        """Count a prefill chunk of `num_tokens` that has ended; the last yields an output token.
 
         Returns whether that was the last token of all.
         """

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
-from vidur_simpy import huggingface
+from vidur_simpy import catalogue, huggingface
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.precision import BF16_BYTES, Format, precision
 from vidur_simpy.validation import configuration, field_names
@@ -328,7 +325,7 @@ class Device:
 
     @classmethod
     def from_name(cls, name: str) -> Device:
-        """Return a device of the catalogue, in any case.
+        """Return a device of the catalogue by its `name`, in any case.
 
         Short names: a100, a100-80gb, h100, h100-80gb, h200, h800, a800, h20, b200, b300 and v100
         are the SXM devices (of 80 GB where there are two), a100-40gb the smaller one; a100-pcie,
@@ -352,7 +349,7 @@ class Device:
         return self.memory_gb * GIB
 
     def peak_flops(self, format: Format = "bf16") -> float:
-        """Operations per second in a format without sparsity; in bf16 where it has no such.
+        """Operations per second in a `format` without sparsity; in bf16 where it has no such.
 
         >>> Device.from_name("h100").peak_flops("fp8"), Device.from_name("a100").peak_flops("fp8")
         (1978900000000000.0, 312000000000000.0)
@@ -367,7 +364,7 @@ def model_names() -> list[str]:
     >>> model_names()[:2]
     ['bloom', 'codellama-34b-instruct-hf']
     """
-    return sorted({_short(model.name) for model in _models().values()})
+    return sorted({catalogue.short(model.name) for model in _models().values()})
 
 
 def device_names() -> list[str]:
@@ -379,40 +376,11 @@ def device_names() -> list[str]:
     return sorted({device.name for device in _devices().values()})
 
 
-Row = TypeVar("Row", Model, Device)
-
-
-def _sheet(file: str, cls: type[Row]) -> dict[str, Row]:
-    """Read a catalogue sheet into its rows by each of their names in lower case."""
-    text = (resources.files("vidur_simpy") / "data" / file).read_text(encoding="utf-8")
-    known = field_names(cls)
-    by_name: dict[str, Row] = {}
-    cells: dict[str, str]
-    for cells in csv.DictReader(text.splitlines()):
-        # An empty cell stands for the field's default; some columns are for readers only.
-        row = cls(**{field: _value(cells[field]) for field in known if cells[field]})
-        organisation = row.name.lower().rpartition("/")[0]
-        for short in (_short(row.name), *cells["aliases"].split()):
-            by_name[short] = by_name[f"{organisation}/{short}".lstrip("/")] = row
-    return by_name
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _short(name: str) -> str:
-    return name.rpartition("/")[2].lower()
-
-
 @functools.cache
 def _models() -> dict[str, Model]:
-    return _sheet("models.csv", Model)
+    return catalogue.rows("models.csv", Model, field_names(Model))
 
 
 @functools.cache
 def _devices() -> dict[str, Device]:
-    return _sheet("devices.csv", Device)
+    return catalogue.rows("devices.csv", Device, field_names(Device))

@@ -8,7 +8,7 @@ interrupts) gets a priority below every typed event: at one instant the plumbing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -83,11 +83,20 @@ class Environment(simpy.Environment):
                 setattr(self, name, getattr(self, name))
 
     def schedule(self, event: Event, priority: EventPriority = NORMAL, delay: float = 0) -> None:
-        """Schedule an event of SimPy's own or of a user's process, before any typed event."""
+        """Schedule an event of SimPy's own or of a user's process, before any typed event.
+
+        Parameters
+        ----------
+        event : simpy.Event
+        priority : int
+            SimPy's, among such events of one instant.
+        delay : float
+            Seconds from now.
+        """
         entry = (self._now + delay, priority - 2, next(self._eid), event)
         heappush(self._queue, entry)  # type: ignore[misc]
 
-    def key_of(self, event_type: EventType) -> tuple[int, count[int]]:
+    def key_of(self, event_type: EventType) -> tuple[int, Iterator[int]]:
         """Return what orders simultaneous events of this type: a priority, and serial numbers.
 
         The order lives here.
@@ -100,6 +109,8 @@ class Environment(simpy.Environment):
 
     def at(self, time: float, event_type: EventType, value: Any = None) -> TypedEvent:
         """Return a typed event that happens at exactly `time` (seconds, not before now).
+
+        Its `value` is what the event is about.
 
         ``timeout(time - now)`` would happen at ``now + (time - now)``, which is another number.
         """

@@ -13,6 +13,7 @@ from vidur_simpy.entities import Batch, Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.execution_time.interface import HasOperators
 from vidur_simpy.kernel import Environment, EventType, TypedEvent
+from vidur_simpy.phase_log import PhaseLog
 from vidur_simpy.power import mean_power_w
 from vidur_simpy.record_columns import record_rows, recorded_columns
 
@@ -339,6 +340,7 @@ RECORDS: dict[str, Callable[..., Any]] = {
     "events": EventLog,
     "tokens": TokenLog,
     "operators": OperatorLog,
+    "phases": PhaseLog,
 }
 
 

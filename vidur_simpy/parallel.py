@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from vidur_simpy.errors import ConfigError, VidurError
 
-__all__ = ["as_completed", "progress_bar"]
+__all__ = ["as_completed"]
+
+# What Dask raises of a task that brought several workers down, and Ray of a single one.
+DEAD_WORKER = frozenset(
+    {
+        "distributed.KilledWorker",
+        "ray.OutOfMemoryError",
+        "ray.RayActorError",
+        "ray.WorkerCrashedError",
+    }
+)
 
 Task = TypeVar("Task")
 Value = TypeVar("Value")
@@ -26,7 +34,8 @@ def as_completed(
     """Call a function with each task; yield the number of the task and what came out of it.
 
     They come in the order in which they are completed. A backend that cannot hand over values
-    while others are under way (``multiprocessing``, ``ray``) yields all of them at the end.
+    while others are under way (``multiprocessing``, ``ray``) yields all of them at the end. Dask
+    calls again what a worker that died was about; ``multiprocessing`` waits for it for ever.
 
     Parameters
     ----------
@@ -54,11 +63,19 @@ def as_completed(
     calls = (joblib.delayed(_numbered)(function, *task) for task in enumerate(tasks))
     try:
         yield from parallel(calls)
-    except BrokenProcessPool as error:
+    except Exception as error:
+        if not _is_of_a_dead_worker(error):
+            raise
         raise VidurError(
             "a worker process died, most often because memory ran out; use fewer workers. "
             f"({' '.join(str(error).split())})"
         ) from error
+
+
+def _is_of_a_dead_worker(error: Exception) -> bool:
+    """Whether an exception is a backend's word for a worker process that died."""
+    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return isinstance(error, BrokenProcessPool) or not kinds.isdisjoint(DEAD_WORKER)
 
 
 def _numbered(function: Callable[[Task], Value], number: int, task: Task) -> tuple[int, Value]:
@@ -94,17 +111,3 @@ def _num_jobs(joblib: Any, jobs: int | None, usual_jobs: int) -> int | None:
 def _order_of_return(joblib: Any) -> str:
     backend, _ = joblib.parallel.get_active_backend()
     return "generator_unordered" if backend.supports_return_generator else "list"
-
-
-def progress_bar(total: int, unit: str, shown: bool | None) -> Any:
-    """Return a bar; None shows it on a terminal or in a notebook after two seconds."""
-    with warnings.catch_warnings():
-        # Without ipywidgets a notebook gets the bar as text, which needs no warning.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
-    is_seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-    delay = 0 if shown else 2
-    return tqdm(
-        total=total, unit=unit, delay=delay, disable=not (is_seen if shown is None else shown)
-    )

@@ -225,12 +225,14 @@ def _lane(replica: Replica) -> Lane:
                         request = chunk.request
                         request.execution_time += duration
                         request.last_stage_end = now
-                        is_complete = request.end_chunk(chunk.num_tokens)
-                        if not request.is_prefill_complete:
+                        request._processed += chunk.num_tokens
+                        if request._processed < request.prefill_target:
                             partials.append(request)
                             continue
+                        request.is_prefill_complete = True
+                        request._processed += 1
                         request.first_token_at = now
-                        if is_complete:
+                        if request._processed == request.num_tokens:
                             completed.append(request)
                         else:
                             decodes.join(request)

@@ -9,6 +9,7 @@ A directory of records has a folder per table with its rows, in order, in files 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -296,9 +297,11 @@ def new_directory(directory: Any) -> Path:
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=path):
+            pass  # it can be written
         names = sorted(each.name for each in path.iterdir())
     except OSError as error:
-        raise ConfigError(f"record_to = {str(path)!r}: it cannot be made: {error}.") from error
+        raise ConfigError(f"record_to = {str(path)!r}: it cannot be written: {error}.") from error
     if names:
         raise ConfigError(
             f"record_to = {str(path)!r}: it holds {names[0]!r}; name a new or an empty directory."

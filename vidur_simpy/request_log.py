@@ -35,7 +35,7 @@ _COLUMNS: dict[str, tuple[str, Any]] = {
     "num_cached_tokens": ("int32", -1),
     "num_output_tokens": ("int32", -1),
 }
-_values_of = attrgetter(*_COLUMNS)
+_values_of = attrgetter(*list(_COLUMNS)[:-1])
 _EXECUTION_TIME = list(_COLUMNS).index("execution_time")
 # Columns that take no memory while every request has the usual value, and are left out if all do.
 _OPTIONAL = {
@@ -104,7 +104,7 @@ def request_columns(parts: Parts) -> dict[str, Any]:
 
 
 def _row(request: Request) -> tuple[Any, ...]:
-    row: tuple[Any, ...] = _values_of(request)
+    row: tuple[Any, ...] = (*_values_of(request), request.num_output_tokens)
     if request.decode_set is None:
         return row
     times = request.decode_set.times_of(request)

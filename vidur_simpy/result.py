@@ -15,10 +15,12 @@ from vidur_simpy.columns import COLUMNS
 from vidur_simpy.economics import Economics
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 from vidur_simpy.exchange.exports import Exports
+from vidur_simpy.explanation import Explanations
+from vidur_simpy.frames import frame
 from vidur_simpy.record_columns import read_records, recorded_columns_of
 from vidur_simpy.request_log import request_columns
 from vidur_simpy.statistics.estimates import interval
-from vidur_simpy.storage import Columns, frame, read_result, write_result
+from vidur_simpy.storage import read_result, write_result
 from vidur_simpy.summary import (
     as_html,
     as_text,
@@ -33,6 +35,8 @@ from vidur_simpy.summary import (
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from vidur_simpy.frames import Columns
 
 __all__ = [
     "NotAvailableError",
@@ -65,6 +69,7 @@ _INSTANTS = {
     "events": "time",
     "tokens": "time",
     "timeline": "time",
+    "phases": "arrived_at",
 }
 
 
@@ -72,7 +77,7 @@ class NotAvailableError(VidurError, AttributeError):
     """A table that was not recorded, or a plot that does not exist."""
 
 
-class Result(Exports, Economics):
+class Result(Exports, Economics, Explanations):
     """What a simulation leaves behind.
 
     Parameters
@@ -199,6 +204,11 @@ class Result(Exports, Economics):
         return self._table("operators")
 
     @property
+    def phases(self) -> pd.DataFrame:
+        """What the time of each request went into, if ``record=("phases",)``."""
+        return self._table("phases")
+
+    @property
     def plot(self) -> Plot:
         """Figures: ``result.plot.cdf("ttft")`` draws `plots.cdf`, and so on."""
         return Plot(self)
@@ -237,7 +247,7 @@ class Result(Exports, Economics):
         tpot: float | None = None,
         e2e: float | None = None,
         itl: float | None = None,
-    ) -> pd.Series[float]:
+    ) -> pd.Series:
         """Return how well the run meets limits on its latencies.
 
         Refused and unfinished requests are misses. As in ``vllm bench serve``, a request of one
@@ -332,22 +342,31 @@ class Result(Exports, Economics):
         """Return the same as two html tables."""
         return as_html(self)
 
-    def save(self, directory: str | os.PathLike[str], *, table_format: str = "csv") -> None:
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        table_format: str = "csv",
+        overwrite: bool = False,
+    ) -> None:
         """Write every table, the summary, the configuration and the information as files.
 
         Parameters
         ----------
         directory : path
-            Made if needed; an earlier result in it is replaced, files of others are left alone.
+            Made if needed.
         table_format : str
             ``"csv"`` or ``"parquet"``, smaller and faster, which needs pyarrow.
+        overwrite : bool
+            Replace an earlier result that is there; other files beside it are left alone.
 
         Raises
         ------
         ConfigError
             If there is no such format, or pyarrow is not installed.
         VidurError
-            If the directory holds something that is not a saved result, or cannot be written.
+            If the directory holds a saved result and `overwrite` is not set, holds something that
+            is none, or cannot be written.
         """
         write_result(
             directory,
@@ -357,14 +376,18 @@ class Result(Exports, Economics):
             config=self.config,
             info=self.info,
             table_format=table_format,
+            overwrite=overwrite,
         )
 
     def _table(self, name: str) -> pd.DataFrame:
         """Return a table, made into a DataFrame when it is first asked for."""
         if name not in self._frames:
             if name not in self._columns:
+                measured_by = self.info.get("measured_by")
                 raise NotAvailableError(
-                    f"{name} were not recorded; pass record=({name!r},) to simulate."
+                    f"{name} are not known of a measurement by {measured_by}."
+                    if measured_by
+                    else f"{name} were not recorded; pass record=({name!r},) to simulate."
                 )
             made = frame(name, self._columns[name])
             self._frames[name] = _with_latencies(made) if name == "requests" else made
@@ -398,6 +421,11 @@ class Plot:
 
 def load_result(directory: str | os.PathLike[str]) -> Result:
     """Return a result that `Result.save` wrote; needs no simulator.
+
+    Parameters
+    ----------
+    directory : path
+        As it was given to `Result.save`.
 
     Raises
     ------

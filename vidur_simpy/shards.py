@@ -24,8 +24,9 @@ from vidur_simpy.journal import Journal, merged_order, run_and_note
 from vidur_simpy.kernel import EventOrder
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.metrics import Timeline, replica_columns, timeline_columns
-from vidur_simpy.parallel import as_completed, progress_bar
+from vidur_simpy.parallel import as_completed
 from vidur_simpy.processes import Replica
+from vidur_simpy.progress import progress_bar
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
 from vidur_simpy.workload import RequestArrays, Trace, Workload

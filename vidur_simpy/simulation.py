@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Callable, Collection, Container, Iterator
-from math import inf
-from typing import Any, SupportsFloat, SupportsIndex
+from collections.abc import Callable, Collection, Sequence
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import numpy as np
 import simpy
@@ -17,27 +15,30 @@ from vidur_simpy.config import dump_config
 from vidur_simpy.entities import Request
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
-from vidur_simpy.metrics import RECORDS, Timeline, replica_columns, timeline_columns
-from vidur_simpy.processes import Replica, Router, arrivals
+from vidur_simpy.metrics import RECORDS, replica_columns, timeline_columns
+from vidur_simpy.processes import arrivals
+from vidur_simpy.progress import RunBar
 from vidur_simpy.record_columns import new_directory
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
+from vidur_simpy.roster import Roster
 from vidur_simpy.shards import simulate_in_shards
-from vidur_simpy.workload import RequestArrays, Trace, Workload
+from vidur_simpy.state import as_html, as_line, as_text
+from vidur_simpy.wiring import make_log, make_replicas, make_router
+from vidur_simpy.workload import Trace, Workload
 
 __all__ = ["Simulation", "simulate"]
 
 # Each source of randomness has its own generator, spawned from the seed. Append only.
 STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
 
-# Rows of the timeline, shared by the replicas.
-TIMELINE_ROWS = 8_192
-
 
 class Simulation:
     """A simulation that can be watched, steered and continued.
 
-    `env` is a SimPy environment: start processes on it, wait for their events, and run.
+    `env` is a SimPy environment: start processes on it, wait for their events, and run. Printed or
+    as the last line of a notebook cell, it shows its state: whatever ended the last `run`, a
+    ctrl-C included, it is whole, and the next `run` goes on.
 
     Parameters
     ----------
@@ -50,15 +51,15 @@ class Simulation:
         Order of simultaneous events; see :class:`Environment`.
     record : collection of str
         Tables to keep besides the requests: ``"batches"``, ``"stages"``, ``"events"``,
-        ``"tokens"``, ``"operators"``.
+        ``"tokens"``, ``"operators"``, ``"phases"``.
     record_to : path, optional
         New or empty directory to which finished requests and recorded rows go as they come, so
         that memory stays flat and a killed run keeps what it had written: see
         :func:`load_records`. Needs pyarrow. Results read their tables from it when asked.
         What is under way, and sums such as ``operators``, are in results only.
     progress : bool or None
-        Show a progress bar; None shows one on a terminal or in a notebook when a run takes
-        longer than two seconds.
+        Show simulated time, requests done, speed and the time left; None shows it on a terminal
+        or in a notebook when a run takes longer than two seconds.
 
     Attributes
     ----------
@@ -109,81 +110,55 @@ class Simulation:
         }
         names = _checked_record(record)
         self._record_to = None if record_to is None else new_directory(record_to)
-        self._logs = {name: self._log(name) for name in names}
+        self._logs = {
+            name: make_log(name, self.env, cluster, self._users_of, self._record_to)
+            for name in names
+        }
         self._request_log = RequestLog(self._record_to)
-        self._live: dict[int, Request] = {}
-        self._next_id = 0
-        self._workload_ids: Container[int] = ()
-        self._submitted_ids: set[int] = set()
+        self._num_refused = 0
+        self._last_refusal = ""
+        self._roster = Roster()
+        self._live = self._roster.live
         self._until: float | None = None
-        self.replicas = self._make_replicas()
-        self.router = self._make_router()
+        self.replicas = make_replicas(self.env, cluster, self._complete)
+        self.router = make_router(
+            self.env, cluster, self.replicas, self._streams["routing"], self._refuse
+        )
         self._progress = progress
-        self._bar: Any = None
-        self.num_expected = 0
+        self._bar: RunBar | None = None
         if workload is not None:
             self._start_workload(workload)
 
+    def __repr__(self) -> str:
+        return as_line(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        """Return the same as html tables; names are escaped."""
+        return as_html(self)
+
+    @property
+    def num_expected(self) -> int:
+        """Requests of the workload."""
+        return self._roster.num_expected
+
     # -- wiring ------------------------------------------------------------------------------
 
-    def _log(self, name: str) -> Any:
-        if name == "operators":
-            return RECORDS[name](self.env, self.cluster.stage_time())
-        return RECORDS[name](self.env, self._record_to)
-
-    def _make_replicas(self) -> list[Replica]:
-        cluster = self.cluster
-        stage_time = cluster.stage_time()
-        capacity = min(2_048, max(64, TIMELINE_ROWS // cluster.num_replicas))
-        replicas = []
-        for replica_id in range(cluster.num_replicas):
-            pool = cluster.make_pool()
-            replicas.append(
-                Replica(
-                    self.env,
-                    replica_id,
-                    cluster.make_scheduler(pool, stage_time),
-                    pool,
-                    stage_time,
-                    cluster.pipeline_parallel_size,
-                    self._complete,
-                    Timeline(capacity),
-                )
-            )
-        return replicas
-
-    def _make_router(self) -> Router:
-        policy = self.cluster.global_scheduler
-        route = policy.router(self._streams["routing"]) if hasattr(policy, "router") else policy
-        return Router(self.env, self.replicas, route, self._refusal, self._complete)
+    def _users_of(self, replica_id: int, stage_id: int) -> Sequence[Any]:
+        return self.replicas[replica_id].stages[stage_id].users
 
     def _start_workload(self, workload: Workload | Trace) -> None:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
-        self.num_expected = len(table)
-        if table.request_id is None:
-            self._workload_ids = range(len(table))
-            self._next_id = len(table)
-        elif len(table):
-            self._workload_ids = set(table.request_id.tolist())
-            self._next_id = 1 + max(self._workload_ids)
-        self.env.process(arrivals(self.env, self._arriving(table), self.router))
+        self.env.process(arrivals(self.env, self._roster.expect(table), self.router))
 
-    def _arriving(self, table: RequestArrays) -> Iterator[Request]:
-        for request in table.iterate():
-            self._live[request.request_id] = request  # type: ignore[index]
-            yield request
-
-    def _refusal(self, request: Request) -> str:
-        longest = self.cluster.max_tokens
-        truncates = getattr(self.replicas[0].scheduler, "truncates_outputs", False)
-        if request.num_tokens > longest and not truncates:
-            return (
-                f"its {request.num_prefill_tokens} + {request.num_decode_tokens} tokens are more "
-                f"than max_model_len = {longest}"
-            )
-        return self.replicas[0].scheduler.refusal(request)
+    def _refuse(self, request: Request) -> None:
+        self._num_refused += 1
+        self._last_refusal = request.refusal
+        self._complete(request)
 
     def _complete(self, request: Request) -> None:
         """Keep the row of a request that is complete or refused, and tell who waits for it."""
@@ -193,7 +168,7 @@ class Simulation:
         if request.done is not None:
             request.done.succeed(request)
         if self._bar is not None:
-            self._bar.update()
+            self._bar.tick()
 
     # -- what a user does with it ------------------------------------------------------------
 
@@ -211,46 +186,16 @@ class Simulation:
         ConfigError
             If it was submitted before, or should have arrived in the past.
         """
-        if not isinstance(request, Request):
-            raise ConfigError(f"submit({request!r}): expected a Request.")
-        if request.done is not None or request.replica_id is not None:
-            raise ConfigError(f"{request} was submitted before; expected a new request.")
-        arrived_at = request.arrived_at = self._checked_arrival(request.arrived_at)
-        request_id = request.request_id = self._checked_id(request.request_id)
-        self._next_id = max(self._next_id, request_id + 1)
-        self._submitted_ids.add(request_id)
-        self._live[request_id] = request
+        arrived_at = self._roster.submit(request, self.env.now)
         request.done = self.env.event()
         arrival = self.env.at(arrived_at, EventType.REQUEST_ARRIVAL, request)
         arrival.callbacks.append(lambda event: self.router.receive(request))
         return request.done
 
-    def _checked_arrival(self, arrived_at: float | None) -> float:
-        now = self.env.now
-        if arrived_at is None:
-            return now
-        if not (isinstance(arrived_at, SupportsFloat) and now <= float(arrived_at) < inf):
-            raise ConfigError(
-                f"Request.arrived_at = {arrived_at!r} s: expected now ({now} s) or later."
-            )
-        return float(arrived_at)
-
-    def _checked_id(self, request_id: int | None) -> int:
-        if request_id is None:
-            return self._next_id
-        if not (isinstance(request_id, SupportsIndex) and int(request_id) >= 0):
-            raise ConfigError(f"Request.request_id = {request_id!r}: expected an integer >= 0.")
-        if request_id in self._workload_ids or request_id in self._submitted_ids:
-            raise ConfigError(
-                f"Request.request_id = {request_id} is taken; leave it out, or use "
-                f"{self._next_id} or more."
-            )
-        return int(request_id)
-
     def next(self, event_type: EventType) -> simpy.Event:
-        """Return a SimPy event that happens right after the next event of this type.
+        """Return a SimPy event that happens right after the next event of `event_type`.
 
-        Its value is the :class:`TypedEvent`.
+        Its value is the :class:`vidur_simpy.kernel.TypedEvent`.
         """
         upcoming = self.env.event()
 
@@ -263,7 +208,7 @@ class Simulation:
         return upcoming
 
     def on(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
-        """Call `listener(event)` right after each event of this type."""
+        """Call `listener(event)` right after each event of `event_type`."""
         self.env.subscribe(event_type, listener)
 
     def run(self, until: float | simpy.Event | None = None) -> Any:
@@ -283,7 +228,7 @@ class Simulation:
             model gives what cannot be. Its `result` keeps what was computed.
         """
         try:
-            with self._progress_bar():
+            with self._run_bar(until):
                 value = self.env.run(until)
             if until is None and self._live:
                 raise SimulationError(self._stuck())
@@ -294,6 +239,7 @@ class Simulation:
             self._until = self.env.now
             raise
         finally:
+            self._bar = None
             self._flush()
         self._until = None if until is None else self.env.now
         return value
@@ -341,30 +287,19 @@ class Simulation:
         )
 
     def _arrived(self) -> list[Request]:
-        now = self.env.now
-        return [
-            request
-            for request in self._live.values()
-            if request.arrived_at is not None and request.arrived_at <= now
-        ]
+        return self._roster.arrived(self.env.now, self.router.queue)
 
-    def _progress_bar(self) -> Any:
-        with warnings.catch_warnings():
-            # Without ipywidgets a notebook gets the bar as text, which needs no warning.
-            warnings.simplefilter("ignore")
-            from tqdm.auto import tqdm
-
-        shown = self._progress
-        if shown is None:
-            shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-        bar = tqdm(
-            total=self.num_expected or None,
-            initial=len(self._request_log),
-            unit=" requests",
-            delay=0 if self._progress else 2,
-            disable=not shown,
+    def _run_bar(self, until: float | simpy.Event | None) -> RunBar:
+        num_expected = self._roster.num_expected
+        bar = RunBar(
+            instant=lambda: self.env.now,
+            num_done=lambda: len(self._request_log),
+            # Clients go on for as long as they like: only a workload says how many there will be.
+            num_expected=lambda: num_expected and num_expected + self._roster.num_submitted,
+            until=float(until) if isinstance(until, Real) else None,
+            shown=self._progress,
         )
-        self._bar = bar if shown else None
+        self._bar = bar if bar.is_shown else None
         return bar
 
 

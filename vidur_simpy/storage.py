@@ -1,4 +1,4 @@
-"""Tables with the same types in memory and on disk, and the directory of a saved result.
+"""The directory of a saved result, with tables of the same types as in memory.
 
 A saved result is a directory of plain files::
 
@@ -15,86 +15,31 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.columns import COLUMNS
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
+from vidur_simpy.frames import frame, series
 from vidur_simpy.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
 
-__all__ = ["Columns", "check_target", "frame", "read_result", "write_result"]
-
-Columns: TypeAlias = (
-    "Mapping[str, Sequence[object] | NDArray[np.generic] | pd.Series[Any]] | pd.DataFrame"
-)
+__all__ = ["check_target", "make_target", "read_result", "write_result"]
 
 FORMAT = "vidur_simpy result"
 FORMAT_VERSION = 1
 MANIFEST = "info.json"
+CONFIG = "config.yaml"
+ASIDE = ".saving-"
 TABLE_FORMATS = ("csv", "parquet")
 MAX_PLAIN_ROWS = 100_000
 
-# Types of the contract's columns that are neither times (float64) nor counts (int64).
-_KINDS = {
-    **dict.fromkeys(("utilisation", "kv_cache_usage", "mfu"), "float64"),
-    **dict.fromkeys(("kv_cache_usage_mean", "kv_cache_usage_peak"), "float64"),
-    **dict.fromkeys(("prefix_cache_hit_rate", "mbu", "tdp_w", "energy_kwh", "share"), "float64"),
-    **dict.fromkeys(("refusal", "event_type", "batch_kind", "operator"), "str"),
-}
-_KINDS_BY_TABLE = {
-    "requests": {"replica_id": "Int64", "num_cached_tokens": "Int64"},
-    "batches": dict.fromkeys(("request_ids", "num_tokens"), "list"),
-    "events": dict.fromkeys(("replica_id", "stage_id", "batch_index", "request_id"), "Int64"),
-}
 # What json, yaml, gzip and pandas raise on files that are not what they should be.
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, zlib.error)
-
-
-def frame(table: str, columns: Columns) -> pd.DataFrame:
-    """Return a table as a DataFrame, in the column order and with the types of the contract.
-
-    Times and shares are ``float64``, counts ``int64``, ids that can be missing ``Int64`` (there
-    a negative id, None or NaN is missing), lists of integers are Python lists. Columns that the
-    contract does not name come last, with the type of their values.
-
-    Parameters
-    ----------
-    table : str
-        One of the tables of `columns.COLUMNS`.
-    columns : mapping of str to sequence or ndarray, or DataFrame
-        Columns of one length. No columns at all make an empty table.
-
-    Raises
-    ------
-    VidurError
-        If the columns differ in length.
-
-    Examples
-    --------
-    >>> frame("tokens", {"replica_id": [0], "time": [1], "num_tokens": [3]}).dtypes.to_dict()
-    {'time': dtype('float64'), 'replica_id': dtype('int64'), 'num_tokens': dtype('int64')}
-    """
-    import pandas as pd
-
-    known = COLUMNS[table]
-    if len(columns.keys()) == 0:
-        columns = {name: [] for name in known}
-    order = [name for name in known if name in columns]
-    order += [str(name) for name in columns if name not in known]
-    lengths = {name: len(columns[name]) for name in order}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise VidurError(f"table {table!r}: expected columns of one length, given {listed}.")
-    return pd.DataFrame(
-        {name: _series(_kind(table, name, columns[name]), columns[name]) for name in order}
-    )
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error)
 
 
 def write_result(
@@ -106,6 +51,7 @@ def write_result(
     config: Mapping[str, Any] | None,
     info: Mapping[str, Any],
     table_format: str = "csv",
+    overwrite: bool = False,
 ) -> None:
     """Write the files of a result, all of them or none.
 
@@ -115,15 +61,15 @@ def write_result(
     Raises
     ------
     VidurError
-        If the directory holds something that is not a saved result, or cannot be written.
+        If the directory holds a saved result and `overwrite` is not set, holds anything else, or
+        cannot be written.
     """
     if table_format not in TABLE_FORMATS:
         raise unknown_name("table_format", table_format, TABLE_FORMATS)
     target = Path(directory)
-    stale = check_target(target)
+    stale = check_target(target, overwrite=overwrite)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
+        with _made_aside(target) as name:
             aside = Path(name)
             write = _write_parquet if table_format == "parquet" else _write_csv
             contents = {table: write(aside, table, tables[table]) for table in tables}
@@ -137,6 +83,7 @@ def write_result(
                 "figures": {key: _finite(value) for key, value in figures.items()},
                 "info": dict(info),
                 "files": files,
+                "checksums": {file: _checksum(aside / file) for file in files},
                 "tables": contents,
             }
             _write_json(aside / "incomplete", manifest | {"complete": False})
@@ -148,7 +95,7 @@ def write_result(
                 (target / file).unlink(missing_ok=True)
             os.replace(aside / MANIFEST, target / MANIFEST)
     except OSError as error:
-        raise VidurError(f"cannot save the result in {str(target)!r}: {error}.") from error
+        raise _cannot_save(target, f"{error}; name a directory that can be written") from error
 
 
 def read_result(
@@ -164,10 +111,7 @@ def read_result(
     source = Path(directory)
     manifest = _manifest(source)
     if manifest is None:
-        raise VidurError(
-            f"{str(source)!r} is not a saved result: expected a directory with a {MANIFEST} that "
-            "Result.save() wrote."
-        )
+        raise VidurError(_why_no_result(source))
     if manifest["format_version"] > FORMAT_VERSION:
         raise VidurError(
             f"{str(source)!r} has format version {manifest['format_version']}, expected at most "
@@ -179,83 +123,68 @@ def read_result(
         table: _read_table(source / content["file"], table, content)
         for table, content in manifest["tables"].items()
     }
-    config = _read_config(source) if "config.yaml" in manifest["files"] else None
+    config = _read_config(source) if CONFIG in manifest["files"] else None
+    for file in [content["file"] for content in manifest["tables"].values()]:
+        _check_sum(source / file, manifest)
+    if config is not None:
+        _check_sum(source / CONFIG, manifest)
     return tables, config, manifest["info"]
 
 
-def _kind(table: str, name: str, values: Any) -> str:
-    """Return the type of a column: int64, Int64, float64, bool, str or list (of integers)."""
-    contract = COLUMNS[table]
-    if name in contract and contract[name][0] == "s":
-        return "float64"
-    kind = _KINDS_BY_TABLE.get(table, {}).get(name) or _KINDS.get(name)
-    if kind is None:
-        return "int64" if len(values) == 0 else _suggested_kind(name, values)
-    return kind
+def check_target(target: Path, *, overwrite: bool = False) -> set[str]:
+    """Return the files of the saved result that is there already, and may be replaced.
 
-
-def _suggested_kind(name: str, values: Any) -> str:
-    """Return the type that the values of a column of the user's own suggest."""
-    import pandas as pd
-
-    series = pd.Series(values if hasattr(values, "dtype") else list(values))
-    if isinstance(series.dtype, pd.Int64Dtype):
-        return "Int64"
-    match series.dtype.kind:
-        case "b":
-            return "bool"
-        case "i" | "u":
-            return "int64"
-        case "f":
-            return "Int64" if name.endswith("_id") else "float64"
-    first = next(iter(series.dropna()), "")
-    return "list" if isinstance(first, list | tuple | np.ndarray) else "str"
-
-
-def _series(kind: str, values: Any) -> pd.Series[Any]:
-    import pandas as pd
-
-    if kind == "list":
-        return pd.Series([_integers(row) for row in values], dtype=object)
-    if kind == "str":
-        return pd.Series([_text(value) for value in values], dtype=str)
-    if kind == "Int64":
-        array: Any = pd.array(values, dtype="Int64")
-        array[(array < 0).fillna(False)] = pd.NA
-        return pd.Series(array)
-    return pd.Series(np.asarray(values, dtype=kind))
-
-
-def _integers(row: Any) -> list[int]:
-    if isinstance(row, str):
-        return [int(word) for word in row.split()]
-    return row if isinstance(row, list) else [int(value) for value in row]
-
-
-def _text(value: Any) -> str:
-    import pandas as pd
-
-    if isinstance(value, str):
-        return value
-    return "" if pd.isna(value) else str(getattr(value, "name", value))
-
-
-def check_target(target: Path) -> set[str]:
-    """Return the files of the saved result that is there already."""
+    Raises
+    ------
+    VidurError
+        If there is one that may not, or anything else.
+    """
     if target.exists() and not target.is_dir():
-        raise VidurError(f"cannot save the result in {str(target)!r}: it is a file.")
+        raise _cannot_save(target, "it is a file; name a new or an empty directory")
     manifest = _manifest(target)
-    if manifest is not None:
+    if manifest is not None and overwrite:
         return set(manifest["files"])
+    if manifest is not None:
+        raise _cannot_save(
+            target,
+            "a saved result is there already; name another directory, or say overwrite=True "
+            "(--overwrite on the command line) to replace it",
+        )
     if target.is_dir():
         # A save that was killed before it moved anything leaves only its own directory.
-        others = [path.name for path in target.iterdir() if not path.name.startswith(".saving-")]
+        others = [path.name for path in target.iterdir() if not path.name.startswith(ASIDE)]
         if others:
-            raise VidurError(
-                f"cannot save the result in {str(target)!r}: it holds {sorted(others)[0]!r} and is "
-                "not a saved result; name a new or an empty directory."
+            raise _cannot_save(
+                target,
+                f"it holds {sorted(others)[0]!r} and is not a saved result; name a new or an "
+                "empty directory",
             )
     return set()
+
+
+def make_target(target: Path, *, overwrite: bool = False) -> None:
+    """Make the directory of a result that is to come, so that a run is not in vain.
+
+    Raises
+    ------
+    VidurError
+        As `write_result`.
+    """
+    check_target(target, overwrite=overwrite)
+    try:
+        with _made_aside(target):
+            pass
+    except OSError as error:
+        raise _cannot_save(target, f"{error}; name a directory that can be written") from error
+
+
+def _made_aside(target: Path) -> tempfile.TemporaryDirectory[str]:
+    target.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=ASIDE, dir=target)
+
+
+def _cannot_save(target: Path, reason: str) -> VidurError:
+    return VidurError(f"cannot save the result in {str(target)!r}: {reason}.")
 
 
 def _manifest(directory: Path) -> dict[str, Any] | None:
@@ -266,8 +195,51 @@ def _manifest(directory: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None
-    needed = {"format_version", "complete", "info", "files", "tables"}
-    return manifest if needed <= manifest.keys() else None
+    return manifest if _is_whole(manifest) else None
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has all its entries, with names of files in its own directory."""
+    kinds = {"format_version": int, "complete": bool, "info": dict, "files": list, "tables": dict}
+    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+        return False
+    contents = list(manifest["tables"].values())
+    if not all(isinstance(part, dict) for part in (*contents, manifest.get("checksums", {}))):
+        return False
+    files = [*manifest["files"], *(content.get("file") for content in contents)]
+    return all(isinstance(file, str) and Path(file).name == file for file in files)
+
+
+def _why_no_result(source: Path) -> str:
+    expected = f"expected a directory with the {MANIFEST} that Result.save() wrote"
+    if not source.exists():
+        return f"{str(source)!r} is not a saved result, it is not there: {expected}."
+    try:
+        content = (source / MANIFEST).read_text(encoding="utf-8")
+        is_ours = json.loads(content).get("format") == FORMAT
+    except (OSError, AttributeError):
+        is_ours = False
+    except ValueError:
+        is_ours = True
+    if is_ours:
+        path = str(source / MANIFEST)
+        return f"{path!r} is damaged or was cut off; save the result again."
+    return f"{str(source)!r} is not a saved result: {expected}."
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _check_sum(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise if a file that could be read is not the one that was written."""
+    expected = manifest.get("checksums", {}).get(path.name)
+    if expected is not None and _checksum(path) != expected:
+        raise VidurError(f"{str(path)!r} is damaged: it is not what was saved.")
 
 
 def _write_parquet(directory: Path, table: str, content: pd.DataFrame) -> dict[str, Any]:
@@ -309,7 +281,7 @@ def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFr
                 f"expected {content['rows']} rows of {len(kinds)} columns, found "
                 f"{len(table_read)} rows of {len(table_read.columns)}"
             )
-        return frame(table, {name: _series(kind, table_read[name]) for name, kind in kinds.items()})
+        return frame(table, {name: series(kind, table_read[name]) for name, kind in kinds.items()})
     except ConfigError:  # which is a ValueError: what reads Parquet is not installed
         raise
     except _DAMAGE as error:
@@ -348,13 +320,13 @@ def _write_config(directory: Path, config: Mapping[str, Any] | None) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False)
     except yaml.YAMLError as error:
         raise VidurError(f"the configuration cannot be written as YAML: {error}.") from error
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
+    (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     import yaml
 
-    path = directory / "config.yaml"
+    path = directory / CONFIG
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vidur_simpy.result import Result
 
 __all__ = [
+    "aligned",
     "as_html",
     "as_text",
     "band",
@@ -190,7 +191,17 @@ def _scalars(result: Result) -> list[tuple[str, str]]:
         ("KV-cache usage", f"{_percent(figures['kv_cache_usage_mean'])} mean, {peak}"),
         ("MFU", _percent(figures["mfu"])),
         *mbu,
+        *_growing_queue(result),
     ]
+
+
+def _growing_queue(result: Result) -> list[tuple[str, str]]:
+    """Return a line that warns of a queue that grows without bound, if it does."""
+    queue = result.saturation()
+    if not queue.is_saturated:
+        return []
+    rates = f"{digits(queue.arrival_rate)} requests/s arrive, {digits(queue.service_rate)} leave it"
+    return [("queue grows without bound", rates)]
 
 
 def _usual_refusal(result: Result) -> str:
@@ -213,6 +224,13 @@ def digits(value: float) -> str:
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line of text for each row, with columns as wide as they need."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    lines = ("".join(map(str.ljust, row, widths)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ __all__ = ["MANY", "Numbers", "added", "repeated", "running_sums"]
 MANY = 32
 """From so many values on, an array is faster than a list."""
 
-Numbers: TypeAlias = "Sequence[float] | NDArray[np.float64] | NDArray[np.int64]"
+Numbers: TypeAlias = Sequence[float] | NDArray[np.float64] | NDArray[np.int64]
 """Few of them in a list, many in an array: each is faster so."""
 
 

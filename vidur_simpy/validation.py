@@ -1,12 +1,13 @@
 """Public objects are frozen, checked when made, and are their own configuration.
 
 `configuration` turns a class with annotated fields into such an object: a frozen dataclass whose
-types and ranges pydantic checks, with one clear :class:`ConfigError` instead of a report.
+types and ranges pydantic checks, with one clear :class:`vidur_simpy.ConfigError` instead of a
+report.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import numpy as np
@@ -53,7 +54,6 @@ def configuration(cls: type[Class]) -> type[Class]:
     checked: Any = pydantic_dataclass(frozen=True, config=_SETTINGS)(cls)
     construct = checked.__init__
 
-    @functools.wraps(construct)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         args = tuple(_plain(value) for value in args)
         kwargs = {name: _plain(value) for name, value in kwargs.items()}
@@ -62,8 +62,18 @@ def configuration(cls: type[Class]) -> type[Class]:
         except pydantic.ValidationError as error:
             raise readable(error, cls.__name__, field_names(checked)) from None
 
+    _show_fields(init, checked)
     checked.__init__ = init
     return cast(type[Class], checked)
+
+
+def _show_fields(init: Any, cls: type) -> None:
+    """Let a constructor say what it takes to help() and to the API reference."""
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(cls).parameters.values()
+    init.__signature__ = inspect.Signature([itself, *parameters])
+    init.__module__, init.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
+    init.__name__ = "__init__"
 
 
 def field_names(cls: type) -> list[str]:

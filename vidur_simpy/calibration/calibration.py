@@ -99,7 +99,7 @@ class Calibration:
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw predicted over measured times, each row a point, on the line where they agree."""
+        """Draw predicted over measured times on `ax`, each a point, on the line of agreement."""
         if ax is None:
             from matplotlib import pyplot
 
@@ -123,10 +123,11 @@ def calibrate(
     """Fit a few parameters of the cluster's execution time to what was measured.
 
     From iterations they follow by robust least squares of the relative errors, on the parts of the
-    cluster's own execution time (see :class:`Calibrated`): the replica scheduler plays no part.
-    From requests they are those with which the simulated TTFT and E2E come closest to the measured
-    ones, as logarithms of their ratios; then the scheduler, the KV cache and the replicas have to
-    be those of the server, and requests arrive when they did, whatever the client waited for.
+    cluster's own execution time (see :class:`vidur_simpy.Calibrated`): the replica scheduler plays
+    no part. From requests they are those with which the simulated TTFT and E2E come closest to the
+    measured ones, as logarithms of their ratios; then the scheduler, the KV cache and the replicas
+    have to be those of the server, and requests arrive when they did, whatever the client waited
+    for.
 
     Each parameter is held to its neutral value as if by one more observation, of the size of the
     base's least time for overheads and of one for scales, so that what a measurement does not
@@ -136,7 +137,7 @@ def calibrate(
     ----------
     cluster : Cluster
         As it was measured. Its execution time is what is corrected; if that is a
-        :class:`Calibrated` one, its base is.
+        :class:`vidur_simpy.Calibrated` one, its base is.
     measurement : path, MeasuredIterations or MeasuredRequests
         What was measured; :mod:`vidur_simpy.measurements` says which files.
     parameters : sequence of str

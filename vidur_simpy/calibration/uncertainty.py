@@ -56,7 +56,7 @@ def simulate_with_uncertainty(
     Parameters
     ----------
     cluster : Cluster
-        With a :class:`Calibrated` execution time that has a `covariance`.
+        With a :class:`vidur_simpy.Calibrated` execution time that has a `covariance`.
     workload : Workload or Trace
         The same requests in all simulations.
     seed : int
@@ -66,7 +66,7 @@ def simulate_with_uncertainty(
     num_pairs : int
         Half the number of simulations besides the first.
     **options
-        Passed to :func:`simulate`; what is recorded, is of the first.
+        Passed to :func:`vidur_simpy.simulate`; what is recorded, is of the first.
 
     Returns
     -------

@@ -102,15 +102,22 @@ def _completed(result: Result) -> pd.DataFrame:
 
 
 def _setup(result: Result) -> dict[str, Any]:
-    """Return what the tool says about its command line, as far as it is known."""
+    """Return what the tool says about its command line, null where there is no such thing.
+
+    There is no date: one result gives the same bytes whenever it is written.
+    """
     config = result.config or {}
     model = (config.get("cluster") or {}).get("model")
     arrivals = (config.get("workload") or {}).get("arrivals") or {}
     kind, rate = arrivals.get("type"), arrivals.get("rate")
     shape = {"poisson": 1.0, "gamma": 1 / arrivals.get("cv", 1.0) ** 2}
     return {
+        "date": None,
+        "endpoint_type": "vidur_simpy",  # an older name of the next
         "backend": "vidur_simpy",
+        "label": None,
         "model_id": model if isinstance(model, str) else None,
+        "tokenizer_id": None,
         "num_prompts": len(result.requests),
         "request_rate": "inf" if kind == "all_at_once" else rate,
         "burstiness": shape.get(str(kind)),

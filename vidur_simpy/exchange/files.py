@@ -1,4 +1,4 @@
-"""A text file that is there complete or not at all, compressed if its name says so."""
+"""Files that are there complete or not at all, and never in place of another unasked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,50 @@ from typing import IO, TextIO
 
 from vidur_simpy.errors import VidurError
 
-__all__ = ["new_file"]
+__all__ = ["check_new", "new_file", "new_path"]
+
+
+def check_new(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Return where a file may be written.
+
+    Raises
+    ------
+    VidurError
+        If there is such a file and `overwrite` is not set, it is a directory, or there is none to
+        put it in.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise VidurError(f"cannot write {str(target)!r}: it is a directory, expected a file name.")
+    if target.exists() and not overwrite:
+        raise VidurError(
+            f"cannot write {str(target)!r}: it is there already; give another name, or say "
+            "overwrite=True (--overwrite on the command line) to replace it."
+        )
+    if not target.parent.is_dir():
+        raise VidurError(
+            f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}."
+        )
+    return target
+
+
+@contextmanager
+def new_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give the path of a file to write, which takes its place once the block is done.
+
+    Raises
+    ------
+    VidurError
+        If there is such a file already, or it cannot be written.
+    """
+    target = check_new(path, overwrite=overwrite)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as directory:
+            aside = Path(directory) / target.name
+            yield aside
+            os.replace(aside, target)
+    except OSError as error:
+        raise VidurError(f"cannot write {str(target)!r}: {error}.") from error
 
 
 @contextmanager
@@ -37,22 +80,12 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
     VidurError
         If there is such a file already, or it cannot be written.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise VidurError(f"cannot write {str(target)!r}: it is a directory, expected a file name.")
-    if target.exists() and not overwrite:
-        raise VidurError(
-            f"cannot write {str(target)!r}: it is there already; give another name, or "
-            "overwrite=True."
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as directory:
-            aside = Path(directory) / target.name
-            with aside.open("wb") as raw, _text(raw, target.suffix == ".gz") as file:
-                yield file
-            os.replace(aside, target)
-    except OSError as error:
-        raise VidurError(f"cannot write {str(target)!r}: {error}.") from error
+    with (
+        new_path(path, overwrite=overwrite) as aside,
+        aside.open("wb") as raw,
+        _text(raw, aside.suffix == ".gz") as file,
+    ):
+        yield file
 
 
 @contextmanager

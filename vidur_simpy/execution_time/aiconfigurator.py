@@ -165,7 +165,7 @@ class AIConfiguratorStageTime:
     Parameters
     ----------
     tables : mapping of arrays
-        As :func:`~vidur_simpy.execution_time.kernel_tables.tabulated` gives them.
+        As :func:`vidur_simpy.execution_time.kernel_tables.tabulated` gives them.
     num_stages : int
     cpu_overhead : float
         Seconds per iteration.

@@ -100,7 +100,7 @@ class RooflineFactors:
 
     @classmethod
     def from_name(cls, name: str) -> RooflineFactors:
-        """Return a fitted set: a100, b200, h100, h200, hopper, l40s or rtx-pro-6000.
+        """Return a fitted set by its `name`: a100, b200, h100, h200, hopper, l40s, rtx-pro-6000.
 
         Raises
         ------

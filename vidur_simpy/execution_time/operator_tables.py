@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from vidur_simpy.errors import ProfileError
 from vidur_simpy.execution_time.factors import RooflineFactors
 from vidur_simpy.execution_time.interpolation import Grid, leave_one_out_error
+from vidur_simpy.execution_time.links import Links
 from vidur_simpy.execution_time.operator_attention import MeasuredAttention, Range, curve, nested
 from vidur_simpy.execution_time.operator_files import Measured, OperatorFiles, read_operator_files
-from vidur_simpy.execution_time.operators import Links
 from vidur_simpy.precision import BF16_BYTES
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from vidur_simpy.execution_time.factors import RooflineFactors
+from vidur_simpy.execution_time.links import Links
 from vidur_simpy.execution_time.operators import (
     Kernels,
-    Links,
     Mixture,
     Mlp,
     attended,

@@ -67,6 +67,11 @@ __all__ = [
 def read_measurement(path: str | Path) -> MeasuredRequests | MeasuredIterations:
     """Read what was measured; the kind of file is told from its content.
 
+    Parameters
+    ----------
+    path : str or Path
+        Any of the files that :mod:`vidur_simpy.measurements` describes.
+
     Raises
     ------
     TraceError

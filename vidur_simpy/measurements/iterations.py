@@ -28,7 +28,8 @@ class Chunk(NamedTuple):
     context: int
 
 
-class Iteration(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Iteration:
     """The batch of one iteration by its counts, as execution-time models read it."""
 
     num_decodes: int

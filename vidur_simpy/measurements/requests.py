@@ -88,6 +88,11 @@ class MeasuredRequests:
     ) -> RequestArrays:
         """Return the requests as they arrived, for a simulation; nothing is drawn.
 
+        Parameters
+        ----------
+        rng_arrivals, rng_lengths, max_model_len : optional
+            What a workload is given; not used.
+
         Raises
         ------
         ConfigError

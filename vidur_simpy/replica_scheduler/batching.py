@@ -241,6 +241,7 @@ class ContinuousBatching:
     def skip_steps(self, batch: Batch, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take.
 
+        Each took its time of `execution_times`, in seconds.
         The caller reserves them: those that each following step takes when it is formed.
         """
         assert batch.decodes is not None

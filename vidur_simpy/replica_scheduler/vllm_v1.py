@@ -20,7 +20,7 @@ class VllmV1:
 
     All names and defaults are vLLM's, except that `async_scheduling` is off unless asked for:
     vLLM has had it on by default since 0.15. The block size and the number of blocks
-    (vLLM's ``num_gpu_blocks``) are those of the cluster's :class:`KVCache`, whose own watermark has
+    (vLLM's ``num_gpu_blocks``) are those of the cluster's `KVCache`, whose own watermark has
     no effect here.
 
     Attributes

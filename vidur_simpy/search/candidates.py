@@ -1,26 +1,26 @@
-"""Configurations that compete for an objective: run, ranked, halved and compared."""
+"""Configurations that compete for an objective: run, ranked and compared."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidur_simpy.errors import VidurError
 from vidur_simpy.search.grid import Point
+from vidur_simpy.search.narrowing import Rank
+from vidur_simpy.search.observations import Observation
 from vidur_simpy.search.scaling import num_requests_of, with_share
 from vidur_simpy.search.slo import Slo, Verdict
+from vidur_simpy.search.store import Store
 from vidur_simpy.search.trials import (
-    Observation,
     Trial,
     columns_of,
     confidence_of_a_look,
     more_runs,
-    outcomes,
     try_out,
 )
 from vidur_simpy.statistics.intervals import Interval, mean_interval
@@ -29,60 +29,10 @@ from vidur_simpy.summary import digits
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Candidates", "successive_halving"]
+__all__ = ["Candidates"]
 
 # Words in the names of figures of which more is better.
 GAINS = ("throughput", "utilisation", "mfu", "mbu", "goodput")
-# Each round of halving keeps one in so many, with so many times the requests.
-ETA = 3
-# Halving ends when so few are left.
-NUM_FINALISTS = 8
-# Shorter runs say too little to choose by.
-MIN_REQUESTS = 100
-
-Rank = tuple[int, float]
-
-
-def successive_halving(
-    count: int, rank: Callable[[list[int], float], list[Rank]], *, least_share: float
-) -> list[int]:
-    """Return candidates, the most promising first, after ever more effort on ever fewer of them.
-
-    Parameters
-    ----------
-    count : int
-        Candidates, numbered from 0.
-    rank : callable
-        ``rank(candidates, share)`` gives a rank for each, lower for better, with a share of the
-        full effort.
-    least_share : float
-        Effort of the first round.
-
-    Returns
-    -------
-    list of int
-        All candidates: those of the last round first, in the order of their last ranks.
-
-    Notes
-    -----
-    Jamieson and Talwalkar (2016), Non-stochastic best arm identification and hyperparameter
-    optimization.
-
-    Examples
-    --------
-    >>> successive_halving(50, lambda numbers, share: [(0, abs(n - 7)) for n in numbers],
-    ...     least_share=0.1)[:3]
-    [7, 6, 8]
-    """
-    kept, share = list(range(count)), least_share
-    dropped: list[int] = []
-    while share < 1 and len(kept) > NUM_FINALISTS:
-        ranks = dict(zip(kept, rank(kept, share), strict=True))
-        ordered = sorted(kept, key=lambda number: (ranks[number], number))
-        num_kept = max(NUM_FINALISTS, math.ceil(len(kept) / ETA))
-        kept, dropped = ordered[:num_kept], ordered[num_kept:] + dropped
-        share *= ETA
-    return kept + dropped
 
 
 @dataclass
@@ -100,11 +50,15 @@ class Candidates:
     seeds : list of int
     confidence : float
     jobs : int or None
+    store : Store or None
     trials : dict of int to Trial
         Of the points that were run in full.
     errors : dict of int to str
         Why a point could not run.
-    num_runs : int
+    tried : set of int
+        Points that were run, in full or with few requests.
+    num_runs, num_reused : int
+        Runs, and how many of them were taken from the store.
     """
 
     points: list[Point]
@@ -113,30 +67,33 @@ class Candidates:
     column: str
     seeds: list[int]
     confidence: float
-    jobs: int | None
+    jobs: int | None = None
+    store: Store | None = None
     trials: dict[int, Trial] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    tried: set[int] = field(default_factory=set)
     num_runs: int = 0
+    num_reused: int = 0
 
     def __post_init__(self) -> None:
         for index, point in enumerate(self.points):
             if point.error is not None:
-                self.errors[index] = _told(point.error)
+                self.errors[index] = f"{type(point.error).__name__}: {point.error}"
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of a full run, the most of any point."""
+        return max(num_requests_of(point.workload, self.seeds[0]) for point in self.points)
 
     def run(self, indices: Sequence[int]) -> None:
         """Run points in full."""
-        tasks = [index for index in indices if index not in self.errors]
-        trials = self._try(tasks, 1.0, self.seeds)
-        self.trials |= {index: trial for index, trial in trials.items() if trial is not None}
+        trials = self._try(indices, 1.0, self.seeds)
+        self.trials |= {index: trial for index, trial in trials.items() if not trial.error}
 
-    def halved(self) -> Iterator[list[int]]:
-        """Yield batches of points to run in full, the most promising first."""
-        whole = max(num_requests_of(point.workload, self.seeds[0]) for point in self.points)
-        order = successive_halving(
-            len(self.points), self._ranks, least_share=min(1.0, max(MIN_REQUESTS / whole, ETA**-3))
-        )
-        for start in range(0, len(order), NUM_FINALISTS):
-            yield order[start : start + NUM_FINALISTS]
+    def ranks(self, indices: Sequence[int], share: float) -> list[Rank]:
+        """Run points once with a share of their requests, and return how good they look."""
+        trials = self._try(indices, share, self.seeds[:1])
+        return [self._rank(index, trials.get(index)) for index in indices]
 
     def compare(self) -> None:
         """Run the best and the runner-up with all seeds, until they are the best with them."""
@@ -147,18 +104,22 @@ class Candidates:
             ]
             if not short:
                 return
-            for index in short:
-                point, trial = self.points[index], self.trials[index]
-                self.num_runs += len(self.seeds) - len(trial.observations)
-                self.trials[index] = more_runs(
-                    trial,
-                    point.cluster,
-                    point.workload,
-                    self.slo,
-                    self.seeds,
-                    confidence=confidence_of_a_look(self.confidence, len(self.seeds)),
-                    jobs=self.jobs,
-                )
+            before = [self.trials[index] for index in short]
+            after = more_runs(
+                before,
+                [self.points[index] for index in short],
+                self.slo,
+                self.seeds,
+                confidence=confidence_of_a_look(self.confidence, len(self.seeds)),
+                jobs=self.jobs,
+                store=self.store,
+            )
+            self._note(short, before, after)
+            for index, trial in zip(short, after, strict=True):
+                if trial.error:
+                    del self.trials[index]
+                else:
+                    self.trials[index] = trial
 
     def decision(self) -> tuple[int | None, int | None, Interval | None]:
         """Return the best point, the runner-up, and by how much that is worse."""
@@ -179,6 +140,8 @@ class Candidates:
         """Return which point came closest to the SLO."""
         if not self.trials:
             return f"no configuration could run: {next(iter(self.errors.values()), '')}"
+        if any(self.with_verdict(verdict) for verdict in ("meets", "cannot tell")):
+            return f"{self.column} is not known of any configuration that may meet the SLO"
         index = min(sorted(self.trials), key=lambda each: self.trials[each].worst)
         times = self.trials[index].worst
         told = f"{digits(times)} times" if math.isfinite(times) else "infinitely"
@@ -201,36 +164,51 @@ class Candidates:
     def _ordered(self) -> list[int]:
         """Return the points that surely meet the SLO, or else may, the best first."""
         fit = self.with_verdict("meets") or self.with_verdict("cannot tell")
-        return sorted(fit, key=lambda index: (self._rank(index, self.trials[index]), index))
+        value = {index: self.value(index) for index in fit}
+        return sorted(
+            (index for index in fit if math.isfinite(value[index])),
+            key=lambda index: (value[index], index),
+        )
+
+    def value(self, index: int) -> float:
+        """Return the objective of a point that was run in full, negative where more is better."""
+        return self._value(index, self.trials[index])
+
+    def _value(self, index: int, trial: Trial) -> float:
+        figures = [self._figures(index, each)[self.column] for each in trial.observations]
+        mean = float(np.mean(figures))
+        return math.inf if math.isnan(mean) else self._sign * mean
 
     def _rank(self, index: int, trial: Trial | None) -> Rank:
-        if trial is None:
+        if trial is None or trial.error:
             return 2, 0.0
         if trial.worst > 1:
             return 1, trial.worst
-        value = float(
-            np.mean([self._figures(index, each)[self.column] for each in trial.observations])
+        return 0, self._value(index, trial)
+
+    def _try(self, indices: Sequence[int], share: float, seeds: Sequence[int]) -> dict[int, Trial]:
+        possible = [index for index in indices if index not in self.errors]
+        points = [
+            dataclasses.replace(
+                self.points[index],
+                workload=with_share(self.points[index].workload, share, seed=seeds[0]),
+            )
+            for index in possible
+        ]
+        trials = try_out(
+            points, self.slo, seeds, confidence=self.confidence, jobs=self.jobs, store=self.store
         )
-        return 0, math.inf if math.isnan(value) else self._sign * value
+        self._note(possible, [Trial([], [])] * len(trials), trials)
+        return dict(zip(possible, trials, strict=True))
 
-    def _ranks(self, indices: list[int], share: float) -> list[Rank]:
-        tasks = [index for index in indices if index not in self.errors]
-        trials = self._try(tasks, share, self.seeds[:1])
-        return [self._rank(index, trials.get(index)) for index in indices]
-
-    def _try(
-        self, indices: Sequence[int], share: float, seeds: Sequence[int]
-    ) -> dict[int, Trial | None]:
-        function = partial(_trial_of, self.slo, share, seeds, self.confidence)
-        points = [self.points[index] for index in indices]
-        trials: dict[int, Trial | None] = {}
-        for index, outcome in zip(indices, outcomes(function, points, self.jobs), strict=True):
-            if isinstance(outcome, str):
-                self.errors[index], trials[index] = outcome, None
-            else:
-                self.num_runs += len(outcome.observations)
-                trials[index] = outcome
-        return trials
+    def _note(self, indices: Sequence[int], before: list[Trial], after: list[Trial]) -> None:
+        """Count runs, and remember which points were tried and which failed."""
+        self.tried |= set(indices)
+        for index, old, new in zip(indices, before, after, strict=True):
+            self.num_runs += len(new.observations) - len(old.observations)
+            self.num_reused += new.num_reused - old.num_reused
+            if new.error:
+                self.errors[index] = new.error
 
     def _values(self, index: int) -> Any:
         """Return the objective of each run."""
@@ -260,21 +238,6 @@ class Candidates:
         figures = [self._figures(index, each) for each in trial.observations]
         means = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
         return row | {name: value for name, value in means.items() if name not in row}
-
-
-def _trial_of(
-    slo: Slo, share: float, seeds: Sequence[int], confidence: float, point: Point
-) -> Trial | str:
-    """Run a point; or say why that is not possible."""
-    workload = with_share(point.workload, share, seed=seeds[0])
-    try:
-        return try_out(point.cluster, workload, slo, seeds, confidence=confidence, jobs=1)
-    except VidurError as error:
-        return _told(error)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _cell(value: Any) -> Any:

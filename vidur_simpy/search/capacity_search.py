@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.search import search_plots
-from vidur_simpy.search.runs import replication_seeds
+from vidur_simpy.search.grid import Point
+from vidur_simpy.search.runs import Run, replication_seeds, warn_of_nameless
 from vidur_simpy.search.scaling import is_random, mean_rate, with_rate
 from vidur_simpy.search.slo import Slo, read_slo
-from vidur_simpy.search.trials import Trial, columns_of, try_out
+from vidur_simpy.search.store import open_store
+from vidur_simpy.search.trials import Trial, check_effort, columns_of, raise_error, try_out
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
@@ -60,7 +63,9 @@ class Capacity:
     notes : tuple of str
         What limits the answer.
     num_runs : int
-        Simulations made.
+        Simulations that the answer rests on.
+    num_reused : int
+        How many of them were taken from the store; the others were made.
     """
 
     rate: float
@@ -71,10 +76,12 @@ class Capacity:
     slo: Slo
     notes: tuple[str, ...]
     num_runs: int
+    num_reused: int = 0
 
     def __repr__(self) -> str:
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"<Capacity under {self.slo!r}: {self._said()}; {self.num_runs} runs{notes}>"
+        reused = f" ({self.num_reused} reused)" if self.num_reused else ""
+        return f"<Capacity under {self.slo!r}: {self._said()}; {self.num_runs} runs{reused}{notes}>"
 
     def _said(self) -> str:
         if self.answer == "every rate":
@@ -114,12 +121,13 @@ def capacity(
     confidence: float = 0.95,
     max_replications: int = 32,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
 ) -> Capacity:
     """Find the highest arrival rate at which a cluster meets an SLO.
 
     The rate is doubled or halved until the SLO is surely missed and surely met, and then bisected.
-    At each rate the same requests run (see :func:`~vidur_simpy.search.scaling.with_rate`), first
+    At each rate the same requests run (see `vidur_simpy.search.scaling.with_rate`), first
     with two seeds and then with twice as many, until the whole confidence interval lies on one
     side of the limit; all runs so far count. Where `max_replications` do not settle it, the search
     goes on beside that rate and ends when nothing closer can be told.
@@ -141,7 +149,11 @@ def capacity(
     max_replications : int
         Runs at one rate.
     seed : int
-        Of the first replication, see :func:`~vidur_simpy.search.replication_seeds`.
+        Of the first replication, see :func:`vidur_simpy.search.replication_seeds`.
+    store : path, optional
+        Directory where each finished run is kept, as :func:`vidur_simpy.sweep` keeps them: a
+        search that was killed goes on where it was, and another SLO, a closer tolerance, a
+        recommendation or a sweep take from it what is the same run.
     jobs : int, optional
         Workers, -1 for one per core; None leaves it to ``joblib.parallel_config``. The answer is
         the same for any number.
@@ -154,6 +166,8 @@ def capacity(
     ------
     ConfigError
         If the SLO or a setting is unusable, or the workload has no rate.
+    VidurError
+        If the store cannot be used, a run fails or a worker process died.
 
     Notes
     -----
@@ -170,15 +184,26 @@ def capacity(
     ('found', True)
     """
     limits = read_slo(slo)
-    _check(tolerance, confidence, max_replications)
+    check_effort("capacity", confidence, max_replications)
+    if isinstance(tolerance, bool) or not (
+        isinstance(tolerance, int | float) and 0 < tolerance < 1
+    ):
+        raise ConfigError(f"capacity(): tolerance = {tolerance!r}: expected a number from 0 to 1.")
     if not is_random(workload):
         max_replications = 1
     seeds = replication_seeds(seed, max_replications)
     own_rate = mean_rate(workload, seed)
+    kept_in = None if store is None else open_store(store)
+    if kept_in is not None:
+        warn_of_nameless([Run(cluster, workload)], "configurations")
 
     def trial_at(exponent: float) -> Trial:
         at_rate = with_rate(workload, own_rate * 2.0**exponent, seed=seed)
-        return try_out(cluster, at_rate, limits, seeds, confidence=confidence, jobs=jobs)
+        point = Point({}, cluster, at_rate)
+        (trial,) = try_out([point], limits, seeds, confidence=confidence, jobs=jobs, store=kept_in)
+        if trial.error:
+            raise_error(trial, point, seeds)
+        return trial
 
     walk = _Walk(trial_at, math.log2(1 + tolerance))
     walk.bracket()
@@ -241,27 +266,37 @@ class _Walk:
                 ends = [(low, min(unclear)), (max(unclear), high)]
             start, end = max(ends, key=lambda gap: gap[1] - gap[0])
             if unclear and end - start <= self.width / 2:
-                return
+                # Nothing more is sure; the estimate still gets as close as was asked for.
+                start, end, _ = self._crossed()
+                if end - start <= self.width:
+                    return
             self.visit((start + end) / 2)
 
     def crossing(self) -> float:
         """Return where the greatest ratio of a latency to its limit crosses 1, as an exponent."""
+        below, above, share = self._crossed()
+        return below + (above - below) * share if share else below
+
+    def _crossed(self) -> tuple[float, float, float]:
+        """Return the rates between which the ratio crosses 1, and at what share of the way."""
         low, high = self.low, self.high
+        # Always between the same rates, whichever others were tried: a looser SLO is never
+        # answered with a lower rate because of what lies between two of them.
+        step = 2.0 ** math.floor(math.log2(self.width))
         ratio = {
             exponent: trial.worst
             for exponent, trial in sorted(self.trials.items())
-            if low <= exponent <= high
+            if exponent % step == 0 and low - step < exponent < high + step
         }
         # The ends are surely below and above; between them, the last estimate below counts.
-        passed = [each for each in ratio if each == low or (ratio[each] <= 1 and each != high)]
+        passed = [each for each in ratio if each <= low or (ratio[each] <= 1 and each < high)]
         below = max(passed, default=-math.inf)
         above = min((each for each in ratio if each > below), default=math.inf)
         if not (math.isfinite(below) and math.isfinite(above)):
-            return below
+            return below, above, 0.0
         lower, upper = math.log(max(ratio[below], 1e-9)), math.log(max(ratio[above], 1e-9))
-        if not lower < 0 < upper < math.inf:
-            return below
-        return below + (above - below) * -lower / (upper - lower)
+        is_between = lower < 0 < upper < math.inf
+        return below, above, -lower / (upper - lower) if is_between else 0.0
 
     def answer(self) -> Answer:
         """Return what is known."""
@@ -287,6 +322,7 @@ class _Walk:
             slo=slo,
             notes=self.notes(answer),
             num_runs=sum(len(trial.observations) for trial in self.trials.values()),
+            num_reused=sum(trial.num_reused for trial in self.trials.values()),
         )
 
     def notes(self, answer: Answer) -> tuple[str, ...]:
@@ -350,14 +386,3 @@ def _curve(trials: Mapping[float, Trial], own_rate: float) -> pd.DataFrame:
             row[name] = trial.figure(name)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _check(tolerance: float, confidence: float, max_replications: int) -> None:
-    for name, value in (("tolerance", tolerance), ("confidence", confidence)):
-        if not (isinstance(value, int | float) and 0 < value < 1):
-            raise ConfigError(f"capacity(): {name} = {value!r}: expected a number from 0 to 1.")
-    is_whole = isinstance(max_replications, int) and not isinstance(max_replications, bool)
-    if not (is_whole and max_replications >= 1):
-        raise ConfigError(
-            f"capacity(): max_replications = {max_replications!r}: expected an integer >= 1."
-        )

@@ -32,7 +32,7 @@ def pareto(
     ----------
     results : DataFrame, object with a `table`, or several Result
         A row per configuration; a `Sweep` or a `Recommendation` has such a table. Of results, by
-        name or in a list, the columns are those of :func:`~vidur_simpy.search.figures_of`.
+        name or in a list, the columns are those of :func:`vidur_simpy.search.figures_of`.
     x, y : str
         Columns with numbers. Less is better, except as `maximise` says. Rows without a finite
         number in both are left out.

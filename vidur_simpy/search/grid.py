@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -21,6 +22,9 @@ Grid: TypeAlias = Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]]
 
 # What a dotted name begins with, and whose fields may follow.
 ROOTS: dict[str, tuple[type, ...]] = {"cluster": (Cluster,), "workload": (Workload, Trace)}
+
+# What configuration files say besides.
+OF_THE_SWEEP = ("seed", "event_order", "until", "record")
 
 
 class _UnknownFieldError(ConfigError):
@@ -87,8 +91,8 @@ def _all_settings(grid: Grid) -> list[dict[str, Any]]:
     for row in rows:
         if not isinstance(row, Mapping):
             raise ConfigError(
-                f"the grid holds {row!r}: expected values by name, as in "
-                "{'cluster.num_replicas': 2}."
+                f"the grid holds {reprlib.repr(row)}: expected values by name, as in "
+                "{'cluster.num_replicas': 2} or {'cluster': Cluster(...)}."
             )
     if not rows:
         raise ConfigError("the grid is empty: expected at least one set of settings.")
@@ -110,6 +114,11 @@ def _is_several(given: Any) -> bool:
 
 def _value(name: str, value: Any) -> Any:
     """Return what a value stands for, so that a misspelt name is told before anything runs."""
+    if name in OF_THE_SWEEP:
+        raise ConfigError(
+            f"the grid has {name!r}, which is the same for all runs of a sweep: give it beside the "
+            "grid."
+        )
     if not isinstance(name, str) or name.split(".")[0] not in ROOTS:
         known = [f"{root}.{field}" for root in ROOTS for field in _fields_of(*ROOTS[root])]
         raise unknown_name("setting of a grid", name, known)

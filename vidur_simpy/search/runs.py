@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -13,18 +14,35 @@ from vidur_simpy.cluster import Cluster
 from vidur_simpy.config import dump_config
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.kernel import EventOrder
-from vidur_simpy.parallel import as_completed, progress_bar
-from vidur_simpy.search.store import DamagedEntryError, Store, key_of, unstorable
+from vidur_simpy.parallel import as_completed
+from vidur_simpy.progress import progress_bar
+from vidur_simpy.search.observations import Values, values_of
+from vidur_simpy.search.store import DamagedEntryError, Entry, Store, key_of, unstorable
 from vidur_simpy.simulation import simulate
 from vidur_simpy.workload import Trace, Workload
 
 if TYPE_CHECKING:
     from vidur_simpy.result import Result
 
-__all__ = ["Outcome", "Run", "figures_of", "replication_seeds", "run_all"]
+__all__ = [
+    "Outcome",
+    "Run",
+    "completed",
+    "figures_of",
+    "outcomes_of",
+    "replication_seeds",
+    "run_all",
+    "warn_of_nameless",
+]
+
+Task = TypeVar("Task")
+Value = TypeVar("Value")
 
 # How many words of a list a message shows.
 SHOWN = 3
+
+# Numbers that a sweep keeps of a run for an SLO, at most: some 5 MB. A larger run is made again.
+MAX_KEPT = 500_000
 
 # Far from the streams of one run, which are numbered from 0.
 REPLICATION_STREAM = 2**31
@@ -37,9 +55,9 @@ class Run:
     Attributes
     ----------
     cluster, workload, seed, event_order, until, record
-        As :func:`~vidur_simpy.simulate` takes them.
+        As :func:`vidur_simpy.simulate` takes them.
     slo : mapping of str to float
-        Limits in seconds, as :meth:`Result.slo` takes them; empty for none.
+        Limits in seconds, as :meth:`vidur_simpy.Result.slo` takes them; empty for none.
     metrics : callable or None
         Further figures: ``metrics(result)`` is a mapping of names to numbers.
     """
@@ -91,10 +109,16 @@ class Outcome:
         See :func:`figures_of`; empty if it failed.
     error : str
         Kind and message of the exception; empty if it went well.
+    values : mapping of str to float or ndarray
+        See `vidur_simpy.search.observations.values_of`; empty if nobody needs them.
+    is_reused : bool
+        Whether it was taken from a store.
     """
 
     figures: dict[str, float]
     error: str = ""
+    values: Values = field(default_factory=dict, compare=False, repr=False)
+    is_reused: bool = field(default=False, compare=False)
 
 
 def run_all(
@@ -115,7 +139,7 @@ def run_all(
     store : Store, optional
         Where finished runs are kept.
     jobs : int, optional
-        Workers, see :func:`~vidur_simpy.parallel.as_completed`.
+        Workers, see `vidur_simpy.parallel.as_completed`.
     progress : bool or None
         Show a progress bar; None shows one on a terminal or in a notebook after two seconds.
 
@@ -124,76 +148,145 @@ def run_all(
     VidurError
         If a worker process died.
     """
-    outcomes: list[Outcome | None] = [None] * len(runs)
-    jobs_at = dict(enumerate(_stored_as(runs, store)))
+    outcomes: dict[int, Outcome] = {}
+    for number, outcome in outcomes_of(runs, store=store, jobs=jobs, progress=progress):
+        outcomes[number] = replace(outcome, values={})
+    return [outcomes[number] for number in range(len(runs))]
+
+
+def outcomes_of(
+    runs: Sequence[Run],
+    *,
+    store: Store | None = None,
+    jobs: int | None = None,
+    progress: bool | None = False,
+    needs_values: bool = False,
+) -> Iterator[tuple[int, Outcome]]:
+    """Make runs as :func:`run_all` does; yield the number and the outcome of each as it is done.
+
+    Parameters
+    ----------
+    needs_values : bool
+        Whether the outcomes have to have their values; a stored run without them is made again.
+    """
+    pending = dict(enumerate(_jobs(runs, store, needs_values)))
     with progress_bar(len(runs), " runs", progress) as bar:
-        for index, job in list(jobs_at.items()):
-            figures = _stored_figures(job)
-            if figures is not None:
-                outcomes[index] = Outcome(figures)
-                del jobs_at[index]
+        for number, job in list(pending.items()):
+            entry = _stored(job)
+            if entry is not None:
+                del pending[number]
                 bar.update()
+                yield number, _reused(entry)
         # Runs that somebody else is computing come last; by then most of them are stored.
         for function in (_run_if_free, _run_or_wait):
-            pending = list(jobs_at)
-            for number, outcome in as_completed(function, list(jobs_at.values()), jobs):
+            numbers = list(pending)
+            for position, outcome in completed(function, list(pending.values()), jobs):
                 if outcome is not None:
-                    job = jobs_at.pop(pending[number])
-                    job.keep(outcome)
-                    outcomes[pending[number]] = outcome
+                    pending.pop(numbers[position]).keep(outcome)
                     bar.update()
-    assert all(outcome is not None for outcome in outcomes), "every run has an outcome"
-    return [outcome for outcome in outcomes if outcome is not None]
+                    yield numbers[position], outcome
+
+
+def completed(
+    function: Callable[[Task], Value], tasks: Sequence[Task], jobs: int | None = None
+) -> Iterator[tuple[int, Value]]:
+    """Call a function with each task; yield the number of the task and what came out of it.
+
+    As `vidur_simpy.parallel.as_completed`, but where nobody asks for workers joblib is not
+    needed.
+    """
+    if jobs == 1 or (jobs is None and not find_spec("joblib")):
+        return ((number, function(task)) for number, task in enumerate(tasks))
+    return as_completed(function, tasks, jobs)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A run, and where its figures are kept, if anywhere."""
+    """A run, and where what comes out of it is kept, if anywhere."""
 
     run: Run
     store: Store | None = None
     key: str = ""
+    needs_values: bool = False
 
-    def stored_figures(self) -> dict[str, float] | None:
-        """Return what is stored, None if nothing is or it is damaged."""
+    def entry(self) -> Entry | None:
+        """Return what is stored, None if nothing is, or not enough.
+
+        Raises
+        ------
+        DamagedEntryError
+            If it is damaged.
+        """
+        entry = self.store.entry(self.key) if self.store is not None else None
+        is_enough = entry is not None and (bool(entry.values) or not self.needs_values)
+        return entry if is_enough else None
+
+    def found(self) -> Entry | None:
+        """Return what is stored, None if nothing is, or not enough, or it is damaged."""
         try:
-            return self.store.load(self.key) if self.store is not None else None
+            return self.entry()
         except DamagedEntryError:
             return None
 
     def keep(self, outcome: Outcome) -> None:
-        """Store the figures, if there are any that are not stored yet."""
-        if self.store is not None and not outcome.error and self.stored_figures() is None:
-            self.store.save(self.key, self.run.described(), outcome.figures)
+        """Store what came out, if that is something and not stored yet."""
+        if self.store is not None and not outcome.error and self.found() is None:
+            described = self.run.described()
+            self.store.save(self.key, described, outcome.figures, outcome.values)
+
+    def outcome(self) -> Outcome:
+        """Make the run."""
+        try:
+            result = self.run.simulate()
+            figures = figures_of(result, self.run.slo, self.run.metrics)
+            return Outcome(figures, values=self._values_of(result))
+        except Exception as error:  # whatever it is, the other runs go on and the row tells it
+            return Outcome({}, f"{type(error).__name__}: {error}")
+
+    def _values_of(self, result: Result) -> Values:
+        if not self.needs_values and self.store is None:
+            return {}
+        values = values_of(result)
+        is_large = sum(map(np.size, values.values())) > MAX_KEPT
+        return {} if is_large and not self.needs_values else values
 
 
-def _stored_figures(job: _Job) -> dict[str, float] | None:
+def _reused(entry: Entry) -> Outcome:
+    return Outcome(entry.figures, values=entry.values, is_reused=True)
+
+
+def _stored(job: _Job) -> Entry | None:
     """Return what is stored, and warn about what is damaged."""
     try:
-        return job.store.load(job.key) if job.store is not None else None
+        return job.entry()
     except DamagedEntryError as error:
-        warnings.warn(f"{error} The run is made again.", stacklevel=4)
+        warnings.warn(f"{error} The run is made again.", stacklevel=5)
         return None
 
 
-def _stored_as(runs: Sequence[Run], store: Store | None) -> list[_Job]:
+def _jobs(runs: Sequence[Run], store: Store | None, needs_values: bool) -> list[_Job]:
     if store is None:
-        return [_Job(run) for run in runs]
-    jobs, nameless = [], []
+        return [_Job(run, needs_values=needs_values) for run in runs]
+    jobs = []
     for run in runs:
         described = run.described()
-        objects = unstorable(described)
-        nameless.append(objects)
-        jobs.append(_Job(run) if objects else _Job(run, store, key_of(described)))
+        is_nameless = bool(unstorable(described))
+        place = None if is_nameless else store
+        jobs.append(_Job(run, place, "" if is_nameless else key_of(described), needs_values))
+    return jobs
+
+
+def warn_of_nameless(runs: Sequence[Run], what: str = "runs") -> None:
+    """Warn of runs that a store cannot keep, since no name stands for some of their objects."""
+    nameless = [unstorable(run.described()) for run in runs]
     names = list(dict.fromkeys(name for objects in nameless for name in objects))
     if names:
         shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
         warnings.warn(
-            f"{sum(map(bool, nameless))} of {len(runs)} runs are made, but not stored: the store "
+            f"{sum(map(bool, nameless))} of {len(runs)} {what} are made, but not stored: the store "
             f"tells runs by what a configuration file can say, which {shown} is not.",
-            stacklevel=4,
+            stacklevel=3,
         )
-    return jobs
 
 
 def _run_if_free(job: _Job) -> Outcome | None:
@@ -208,23 +301,16 @@ def _run_or_wait(job: _Job) -> Outcome | None:
 
 def _run_claimed(job: _Job, *, wait: bool) -> Outcome | None:
     if job.store is None or not job.store.is_here:
-        return _outcome(job.run)
+        return job.outcome()
     with job.store.claim(job.key, wait=wait) as is_mine:
         if not is_mine:
             return None
-        figures = job.stored_figures()
-        if figures is not None:
-            return Outcome(figures)
-        outcome = _outcome(job.run)
+        entry = job.found()
+        if entry is not None:
+            return _reused(entry)
+        outcome = job.outcome()
         job.keep(outcome)
         return outcome
-
-
-def _outcome(run: Run) -> Outcome:
-    try:
-        return Outcome(figures_of(run.simulate(), run.slo, run.metrics))
-    except Exception as error:  # whatever it is, the other runs go on and the row tells it
-        return Outcome({}, f"{type(error).__name__}: {error}")
 
 
 def figures_of(
@@ -237,9 +323,9 @@ def figures_of(
     Returns
     -------
     dict of str to float
-        ``ttft_mean``, ``ttft_p99`` and so on, from :meth:`Result.summary`; the scalars of
-        :attr:`Result.figures`; ``simulated_time`` in seconds; with `slo`, ``slo_ttft`` and so on,
-        ``slo_attainment`` and ``goodput``; and those of `metrics`.
+        ``ttft_mean``, ``ttft_p99`` and so on, from :meth:`vidur_simpy.Result.summary`; the scalars
+        of :attr:`vidur_simpy.Result.figures`; ``simulated_time`` in seconds; with `slo`,
+        ``slo_ttft`` and so on, ``slo_attainment`` and ``goodput``; and those of `metrics`.
 
     Raises
     ------

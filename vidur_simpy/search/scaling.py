@@ -44,7 +44,7 @@ class ScaledArrivals:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`~vidur_simpy.workload.Arrivals`."""
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`."""
         if duration is not None:
             duration = duration / self.time_scale
         return self.time_scale * self.arrivals.arrival_times(rng, num_requests, duration)
@@ -105,8 +105,12 @@ def with_rate(workload: Workload | Trace, rate: float, *, seed: int = 0) -> Work
         time_scale = workload.time_scale * own_rate / rate
         return dataclasses.replace(workload, time_scale=time_scale, **limit)
     arrivals: Any = workload.arrivals
-    if "rate" in getattr(arrivals, "__dataclass_fields__", ()):
+    settings = getattr(arrivals, "__dataclass_fields__", ())
+    if "rate" in settings:
         scaled: Any = dataclasses.replace(arrivals, rate=rate)
+    elif "time_scale" in settings:
+        time_scale = arrivals.time_scale * own_rate / rate
+        scaled = dataclasses.replace(arrivals, time_scale=time_scale)
     else:
         scaled = ScaledArrivals(arrivals, own_rate / rate)
     return dataclasses.replace(workload, arrivals=scaled, **limit)

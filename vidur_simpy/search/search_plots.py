@@ -1,4 +1,4 @@
-"""Figures of many runs: latency over rate, and which configurations are worth considering."""
+"""Figures of searches: latency over rate, and which configurations are worth considering."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vidur_simpy.plots.drawing import (
     BLUE,
     COLOURS,
     GREEN,
-    LINE_STYLES,
     VERMILLION,
     make_axes,
+    plain_logarithmic,
     say_empty,
 )
 from vidur_simpy.search.fronts import pareto
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vidur_simpy.search.capacity_search import Capacity
     from vidur_simpy.search.slo import Requirement
 
-__all__ = ["capacity_curve", "plot_front", "plot_throughput_latency"]
+__all__ = ["capacity_curve", "plot_front"]
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LOOKS = {"meets": ("o", BLUE), "misses": ("X", VERMILLION), "cannot tell": ("s", "white")}
@@ -165,68 +165,6 @@ def plot_front(
     return ax
 
 
-def plot_throughput_latency(
-    table: pd.DataFrame,
-    latency: str = "ttft_p99",
-    ax: Axes | None = None,
-    *,
-    throughput: str = "output_token_throughput",
-    by: str | Sequence[str] | None = None,
-    limit: float | None = None,
-) -> Axes:
-    """Draw latency against throughput, a curve per configuration, a point per arrival rate.
-
-    Parameters
-    ----------
-    table : DataFrame
-        A row per run, such as `Sweep.table` over rates, or `Capacity.curve`.
-    latency, throughput : str
-        Columns with numbers.
-    ax : Axes, optional
-    by : str or sequence of str, optional
-        Columns whose values make a curve each.
-    limit : float, optional
-        Draw a limit on the latency, in seconds.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such column.
-    """
-    columns = [by] if isinstance(by, str) else list(by or ())
-    for column in (latency, throughput, *columns):
-        if column not in table:
-            raise unknown_name("column", column, map(str, table.columns))
-    ax = make_axes(ax, height=4.5)
-    shown = _with_numbers(table, latency, throughput)
-    groups = _groups(shown, columns)
-    for index, (name, rows) in enumerate(groups):
-        rows = rows.sort_values(throughput)
-        ax.plot(
-            rows[throughput],
-            rows[latency],
-            LINE_STYLES[index % len(LINE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
-            color=COLOURS[index % len(COLOURS)],
-            markersize=5,
-            label=name or None,
-        )
-    if shown.empty:
-        say_empty(ax, f"no row has a number in {latency} and {throughput}")
-    else:
-        _logarithmic(ax.yaxis, shown[latency].to_numpy(float))
-    if limit is not None:
-        ax.axhline(limit, color="0.2", linestyle="--", linewidth=1, label=f"limit {limit:g} s")
-    ax.set_xlabel(_named(throughput))
-    ax.set_ylabel(_named(latency))
-    ax.set_title("Latency against throughput", pad=12)
-    if columns or limit is not None:
-        title = ", ".join(_named(column) for column in columns)
-        ax.legend(fontsize="small", title=title, title_fontsize="small")
-    ax.grid(alpha=0.3)
-    return ax
-
-
 def _requirement(found: Capacity, name: str | None) -> Requirement:
     requirements = {each.name: each for each in found.slo.requirements}
     if name is not None:
@@ -266,11 +204,13 @@ def _groups(table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataF
 
 def _named(column: str, maximise: Collection[str] = ()) -> str:
     """Return a column in words, with its unit."""
-    units = {"throughput": "per s", "ttft": "s", "tpot": "s", "itl": "s", "e2e": "s"}
-    name = column.rpartition(".")[2]
-    unit = next((unit for word, unit in units.items() if word in name.split("_")), "")
-    words = name.replace("_", " ")
-    return f"{words} ({unit})" if unit else words
+    words = column.rpartition(".")[2].split("_")
+    units = {"ttft": "s", "tpot": "s", "itl": "s", "e2e": "s"}
+    unit = next((unit for word, unit in units.items() if word in words), "")
+    if "throughput" in words:
+        unit = "requests/s" if "request" in words else "tokens/s"
+    text = " ".join(word.upper() if word in units else word for word in words)
+    return f"{text} ({unit})" if unit else text
 
 
 def _write_labels(ax: Axes, front: pd.DataFrame, x: str, y: str, columns: list[str]) -> None:
@@ -285,14 +225,8 @@ def _write_labels(ax: Axes, front: pd.DataFrame, x: str, y: str, columns: list[s
 
 def _logarithmic(axis: Any, values: Any) -> None:
     """Make an axis logarithmic with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     positive = np.asarray(values, float)
     positive = positive[(positive > 0) & np.isfinite(positive)]
-    if not len(positive):
-        return
-    axis._set_axes_scale("log")
-    subs = (1.0, 2.0, 5.0) if positive.max() < 1000 * positive.min() else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    if len(positive):
+        axis._set_axes_scale("log")
+        plain_logarithmic(axis, positive.min(), positive.max())

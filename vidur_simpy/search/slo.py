@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -19,13 +20,10 @@ from vidur_simpy.statistics.intervals import (
     quantile_interval,
 )
 from vidur_simpy.statistics.warm_up import is_half, warm_up_length
-from vidur_simpy.summary import num_output_tokens
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from vidur_simpy.result import Result
 
 __all__ = ["Assessment", "Requirement", "Slo", "assess", "combined_verdict", "ratios", "read_slo"]
 
@@ -57,7 +55,7 @@ class Slo:
         keep to all such limits.
     fraction : float, optional
         Share of all requests that keep to the limits given without a statistic, 0 to 1: what
-        :meth:`Result.slo` calls attainment.
+        :meth:`vidur_simpy.Result.slo` calls attainment.
 
     Raises
     ------
@@ -232,25 +230,19 @@ def combined_verdict(assessments: Iterable[Assessment]) -> Verdict:
     return "cannot tell" if "cannot tell" in verdicts else "meets"
 
 
-def ratios(result: Result, requirement: Requirement) -> NDArray[np.float64]:
+def ratios(
+    latencies: Mapping[str, NDArray[np.float64]], requirement: Requirement
+) -> NDArray[np.float64]:
     """Return the worst ratio of a latency to its limit for each request, in order of arrival.
 
-    Infinite for a request that is refused or unfinished. For ``itl`` a value per gap, in order of
-    time.
+    Parameters
+    ----------
+    latencies : mapping of str to ndarray
+        Seconds by metric, as :func:`vidur_simpy.search.observations.values_of` gives them. Those
+        of ``itl`` are of gaps rather than requests.
     """
-    if "itl" in requirement.limits:
-        tokens = result.tokens.sort_values("time", kind="stable")
-        gaps = tokens["inter_token_latency"].to_numpy(np.float64) / requirement.limits["itl"]
-        return np.repeat(gaps, tokens["num_tokens"].to_numpy(np.int64))
-    requests = result.requests
-    is_completed = requests["completed_at"].notna().to_numpy()
-    worst = np.where(is_completed, -np.inf, np.inf)
-    for metric, limit in requirement.limits.items():
-        ratio = requests[metric].to_numpy(np.float64) / limit
-        if metric == "tpot":
-            ratio = np.where(num_output_tokens(requests).to_numpy() <= 1, 0.0, ratio)
-        worst = np.maximum(worst, np.where(is_completed, ratio, np.inf))
-    return worst
+    first, *others = (latencies[metric] / limit for metric, limit in requirement.limits.items())
+    return reduce(np.maximum, others, first)
 
 
 def read_slo(given: Any) -> Slo:

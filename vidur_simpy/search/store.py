@@ -3,12 +3,14 @@
 A store is a directory of plain files, which several processes may use at once::
 
     store.json            what this is, and the newest version that wrote in it
-    runs/HASH.json        a finished run: its configuration, its figures, a checksum
+    runs/HASH.json        a finished run: its configuration, its figures, what an SLO needs of it,
+                          a checksum
     claims/HASH           held, by a lock of the operating system, while somebody computes the run
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import importlib.metadata
@@ -18,19 +20,26 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import vidur_simpy
 from vidur_simpy.config import PYTHON
 from vidur_simpy.errors import VidurError
 
-__all__ = ["DamagedEntryError", "Store", "key_of", "open_store", "unstorable"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["DamagedEntryError", "Entry", "Store", "key_of", "open_store", "unstorable"]
 
 FORMAT = "vidur_simpy store"
 FORMAT_VERSION = 1
 MANIFEST = "store.json"
+# The files of runs: finished, or left by a process that was killed while it wrote.
+RUN = r"[0-9a-f]{64}\.json|\..*\.partial"
 # Other packages whose versions may change figures.
 DECIDING = ("numpy", "scikit-learn", "aiconfigurator-core")
 HOW_TO_GO_ON = "name another directory, or upgrade vidur_simpy"
@@ -38,6 +47,22 @@ HOW_TO_GO_ON = "name another directory, or upgrade vidur_simpy"
 
 class DamagedEntryError(VidurError):
     """A stored run that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is stored of a run.
+
+    Attributes
+    ----------
+    figures : dict of str to float
+    values : dict of str to float or ndarray of float64
+        What an SLO needs besides, see :func:`vidur_simpy.search.observations.values_of`; empty if
+        that was not kept.
+    """
+
+    figures: dict[str, float]
+    values: dict[str, float | NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,12 @@ class Store:
         return self.directory / "runs" / f"{key}.json"
 
     def load(self, key: str) -> dict[str, float] | None:
-        """Return the figures of a run, or None if it is not there.
+        """Return the figures of a run, or None if it is not there; raises as :meth:`entry`."""
+        entry = self.entry(key)
+        return entry.figures if entry is not None else None
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is stored of a run, or None if it is not there.
 
         Raises
         ------
@@ -82,17 +112,25 @@ class Store:
         entry = json.loads(text)
         if entry["key"] != key:
             raise DamagedEntryError(f"{str(path)!r} is the run {entry['key']}.")
-        return dict(entry["figures"])
+        values = {name: _unpacked(value) for name, value in entry.get("values", {}).items()}
+        return Entry(dict(entry["figures"]), values)
 
-    def save(self, key: str, described: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Keep the figures of a run; whoever looks finds all of it or nothing.
+    def save(
+        self,
+        key: str,
+        described: Mapping[str, Any],
+        figures: Mapping[str, float],
+        values: Mapping[str, float | NDArray[np.float64]] | None = None,
+    ) -> None:
+        """Keep what came out of a run; whoever looks finds all of it or nothing.
 
         Raises
         ------
         VidurError
             If the directory cannot be written, as when the disk is full.
         """
-        entry = {"key": key, "figures": dict(figures), "run": dict(described)}
+        packed = {name: _packed(value) for name, value in (values or {}).items()}
+        entry = {"key": key, "figures": dict(figures), "values": packed, "run": dict(described)}
         rest = json.dumps(entry).removeprefix("{")
         try:
             _write(self.path(key), f"{_head(rest)}\n{rest}")
@@ -147,10 +185,10 @@ def _check(folder: Path) -> str | None:
     """Return the version of the package that wrote in a store last; None if it is empty."""
     path = folder / MANIFEST
     if not path.exists():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if others and not path.exists():
+        strangers = _strangers(folder)
+        if strangers and not path.exists():
             raise VidurError(
-                f"{str(folder)!r} is not a store of runs: it holds {others[0]!r} and no "
+                f"{str(folder)!r} is not a store of runs: it holds {strangers[0]!r} and no "
                 f"{MANIFEST}; name a new or an empty directory."
             )
         return None
@@ -179,6 +217,15 @@ def _check(folder: Path) -> str | None:
     return version
 
 
+def _strangers(folder: Path) -> list[str]:
+    """Return what is in a folder and not in a store, which may have lost its manifest."""
+    runs = folder / "runs"
+    names = {path.name for path in folder.iterdir()}
+    if runs.is_dir() and all(re.fullmatch(RUN, path.name) for path in runs.iterdir()):
+        names -= {"runs", "claims"}
+    return sorted(name for name in names if not name.startswith("."))
+
+
 def _as_numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
@@ -193,7 +240,7 @@ def key_of(described: Mapping[str, Any]) -> str:
     Parameters
     ----------
     described : mapping
-        Plain data, as :func:`~vidur_simpy.config.dump_config` gives it.
+        Plain data, as :func:`vidur_simpy.config.dump_config` gives it.
     """
     content = {"run": _with_files(dict(described)), "code": _code()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -259,6 +306,19 @@ def _version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _packed(value: float | NDArray[np.float64]) -> float | str:
+    """Return a number as it is, and an array as the text of its bytes, exact and quick to read."""
+    if isinstance(value, np.ndarray):
+        return base64.b64encode(value.astype("<f8").tobytes()).decode()
+    return value
+
+
+def _unpacked(value: float | str) -> float | NDArray[np.float64]:
+    if isinstance(value, str):
+        return np.frombuffer(base64.b64decode(value), "<f8").astype(np.float64)
+    return value
 
 
 def _head(rest: str) -> str:

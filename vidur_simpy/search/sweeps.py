@@ -13,7 +13,13 @@ from vidur_simpy.cluster import Cluster
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.kernel import EventOrder
 from vidur_simpy.search.grid import Grid, Point, points_of
-from vidur_simpy.search.runs import Outcome, Run, replication_seeds, run_all
+from vidur_simpy.search.runs import (
+    Outcome,
+    Run,
+    replication_seeds,
+    run_all,
+    warn_of_nameless,
+)
 from vidur_simpy.search.store import open_store
 from vidur_simpy.simulation import Simulation
 from vidur_simpy.summary import digits
@@ -52,23 +58,27 @@ class Sweep:
     table : DataFrame
         A row per run, in order of point and replication: ``point`` (index into `points`); a column
         for each setting of the grid, by its dotted name; ``replication`` and ``seed``; the figures
-        of :func:`~vidur_simpy.search.figures_of` as float64, NaN where a run failed; and
+        of :func:`vidur_simpy.search.figures_of` as float64, NaN where a run failed; and
         ``error``, empty where it did not.
     points : list of Point
         The configurations, each with its `cluster` and `workload`.
     runs : list of Run
         What each row was made from.
+    num_reused : int
+        Rows that were taken from the store.
     """
 
     table: pd.DataFrame
     points: list[Point]
     runs: list[Run]
+    num_reused: int = 0
 
     def __repr__(self) -> str:
         num_failed = int((self.table["error"] != "").sum())
+        reused = f", {self.num_reused} reused" if self.num_reused else ""
         return (
             f"<Sweep: {len(self.table)} runs of {len(self.points)} configurations, "
-            f"{num_failed} failed>"
+            f"{num_failed} failed{reused}>"
         )
 
     def __str__(self) -> str:
@@ -147,21 +157,23 @@ def sweep(
         256}``; ``"cluster"`` and ``"workload"`` themselves are names, too.
     replications : int
         How often each configuration runs, with the seeds of
-        :func:`~vidur_simpy.search.replication_seeds`.
+        :func:`vidur_simpy.search.replication_seeds`.
     seed : int
         Seed of the first replication.
     event_order, until, record
         As :func:`simulate` takes them; ``record=("tokens",)`` adds inter-token latencies.
     slo : mapping of str to float, optional
-        Limits in seconds as :meth:`Result.slo` takes them, ``{"ttft": 0.5, "tpot": 0.05}``; adds
-        ``slo_ttft``, ..., ``slo_attainment`` and ``goodput``.
+        Limits in seconds as :meth:`vidur_simpy.Result.slo` takes them, such as
+        ``{"ttft": 0.5, "tpot": 0.05}``; adds ``slo_ttft``, ..., ``slo_attainment`` and ``goodput``.
     metrics : callable, optional
         ``metrics(result)`` gives further columns, a mapping of names to numbers.
     store : path, optional
         Directory where each finished run is kept as soon as it is done, under a hash of its
         configuration and of this package; a sweep that was killed goes on where it was, and
-        several processes may share it. Runs with objects that a configuration file cannot name
-        (a lambda, `metrics`) are made, but not stored, and a warning says so.
+        several processes may share it. It takes some 50 bytes per request, which are what lets
+        :func:`vidur_simpy.capacity` and :func:`vidur_simpy.recommend` take the same runs from
+        it. Runs with objects that a configuration file cannot name (a lambda, `metrics`) are made,
+        but not stored, and a warning says so.
     jobs : int, optional
         Workers, -1 for one per core; None leaves it to ``joblib.parallel_config``, without which
         the runs are made here, one by one.
@@ -204,20 +216,18 @@ def sweep(
         for each in seeds
     ]
     is_made = [point.error is None for point in points for _ in seeds]
-    done = iter(
-        run_all(
-            [run for run, is_one in zip(runs, is_made, strict=True) if is_one],
-            store=None if store is None else open_store(store),
-            jobs=jobs,
-            progress=progress,
-        )
-    )
+    possible = [run for run, is_one in zip(runs, is_made, strict=True) if is_one]
+    kept_in = None if store is None else open_store(store)
+    if kept_in is not None:
+        warn_of_nameless(possible)
+    done = iter(run_all(possible, store=kept_in, jobs=jobs, progress=progress))
     outcomes = [
         next(done) if point.error is None else Outcome({}, _told(point.error))
         for point in points
         for _ in seeds
     ]
-    return Sweep(_table(points, seeds, outcomes), points, runs)
+    num_reused = sum(outcome.is_reused for outcome in outcomes)
+    return Sweep(_table(points, seeds, outcomes), points, runs, num_reused)
 
 
 def _check(

@@ -1,36 +1,35 @@
-"""A cluster under a workload, run with several seeds until it is clear whether it meets an SLO."""
+"""Clusters under a workload, run with several seeds until it is clear whether they meet an SLO."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
 
-from vidur_simpy.errors import ConfigError
-from vidur_simpy.parallel import as_completed
-from vidur_simpy.search.runs import Run, figures_of, replication_seeds
-from vidur_simpy.search.slo import Assessment, Slo, Verdict, assess, combined_verdict, ratios
+from vidur_simpy.errors import ConfigError, SimulationError
+from vidur_simpy.search.grid import Point
+from vidur_simpy.search.observations import Observation, observation_of
+from vidur_simpy.search.runs import Run, completed, outcomes_of, replication_seeds
+from vidur_simpy.search.slo import Assessment, Slo, Verdict, assess, combined_verdict
+from vidur_simpy.search.store import Store
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from vidur_simpy.cluster import Cluster
     from vidur_simpy.result import Result
     from vidur_simpy.workload import Trace, Workload
 
 __all__ = [
-    "Observation",
     "Trial",
+    "check_effort",
     "columns_of",
     "confidence_of_a_look",
     "more_runs",
-    "observe",
     "outcomes",
+    "raise_error",
     "replicate",
     "try_out",
 ]
@@ -43,25 +42,6 @@ FIRST_ROUND = 2
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What is kept of a run.
-
-    Attributes
-    ----------
-    ratios : list of ndarray
-        For each requirement, what `slo.ratios` gives.
-    figures : dict of str to float
-        See :func:`~vidur_simpy.search.figures_of`; besides, ``gpu_hours_per_million_tokens`` and
-        ``kwh_per_million_tokens`` of prompt and output tokens together (NaN if the power of the
-        device is not known); ``mean_in_system``, the requests in the system on average over the
-        times of arrival; and ``arrival_share``, the share of the run until the last arrival.
-    """
-
-    ratios: list[NDArray[np.float64]]
-    figures: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Trial:
     """A cluster under a workload, run several times.
 
@@ -71,10 +51,13 @@ class Trial:
         By replication.
     assessments : list of Assessment
         By requirement of the SLO.
+    error : str
+        Why a run failed; empty if none did.
     """
 
     observations: list[Observation]
     assessments: list[Assessment]
+    error: str = ""
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -88,9 +71,15 @@ class Trial:
 
     @property
     def is_settled(self) -> bool:
-        """Whether more runs are not needed: a clear miss, or meeting by values enough."""
+        """Whether more runs are not needed: a clear miss, meeting by values enough, a failure."""
         is_reliable = all(each.is_reliable for each in self.assessments)
-        return self.verdict == "misses" or (self.verdict == "meets" and is_reliable)
+        is_met = self.verdict == "meets" and is_reliable
+        return bool(self.error) or self.verdict == "misses" or is_met
+
+    @property
+    def num_reused(self) -> int:
+        """Runs that were taken from a store."""
+        return sum(each.is_reused for each in self.observations)
 
     def figure(self, name: str) -> float:
         """Return the mean of a figure over the runs."""
@@ -114,7 +103,7 @@ def replicate(
         As :func:`simulate` takes them.
     replications : int
     seed : int
-        Of the first run; the others are those of :func:`~vidur_simpy.search.replication_seeds`.
+        Of the first run; the others are those of :func:`vidur_simpy.search.replication_seeds`.
     jobs : int, optional
         Workers, -1 for one per core; None leaves it to ``joblib.parallel_config``.
 
@@ -141,32 +130,42 @@ def replicate(
 
 
 def try_out(
-    cluster: Cluster,
-    workload: Workload | Trace,
+    points: Sequence[Point],
     slo: Slo,
     seeds: Sequence[int],
     *,
     confidence: float = 0.95,
     jobs: int | None = None,
-) -> Trial:
-    """Run a workload with ever more seeds until it is clear whether it meets an SLO, or all ran.
+    store: Store | None = None,
+) -> list[Trial]:
+    """Run points with ever more seeds until it is clear which meet an SLO, or all seeds ran.
 
     Parameters
     ----------
     confidence : float
-        Chance that the verdict is right, however often it was looked at; see
+        Chance that a verdict is right, however often it was looked at; see
         :func:`confidence_of_a_look`.
+    store : Store, optional
+        Where finished runs are kept, and taken from.
     """
-    trial = Trial([], [])
+    trials = [Trial([], [])] * len(points)
     confidence = confidence_of_a_look(confidence, len(seeds))
-    while len(trial.observations) < len(seeds):
-        upto = max(FIRST_ROUND, 2 * len(trial.observations))
-        trial = more_runs(
-            trial, cluster, workload, slo, seeds[:upto], confidence=confidence, jobs=jobs
+    unsettled, upto = list(range(len(points))), 0
+    while unsettled and upto < len(seeds):
+        upto = min(max(FIRST_ROUND, 2 * upto), len(seeds))
+        more = more_runs(
+            [trials[index] for index in unsettled],
+            [points[index] for index in unsettled],
+            slo,
+            seeds[:upto],
+            confidence=confidence,
+            jobs=jobs,
+            store=store,
         )
-        if trial.is_settled:
-            break
-    return trial
+        for index, trial in zip(unsettled, more, strict=True):
+            trials[index] = trial
+        unsettled = [index for index in unsettled if not trials[index].is_settled]
+    return trials
 
 
 def confidence_of_a_look(confidence: float, num_seeds: int) -> float:
@@ -184,19 +183,47 @@ def confidence_of_a_look(confidence: float, num_seeds: int) -> float:
 
 
 def more_runs(
-    trial: Trial,
-    cluster: Cluster,
-    workload: Workload | Trace,
+    trials: Sequence[Trial],
+    points: Sequence[Point],
     slo: Slo,
     seeds: Sequence[int],
     *,
     confidence: float = 0.95,
     jobs: int | None = None,
-) -> Trial:
-    """Return a trial with a run for each seed; those it has are of the first ones."""
-    done = trial.observations
-    runs = [Run(cluster, workload, seed=seed, record=slo.record) for seed in seeds[len(done) :]]
-    observations = [*done, *observe(runs, slo, jobs)]
+    store: Store | None = None,
+) -> list[Trial]:
+    """Return trials with a run for each seed; those they have are of the first ones."""
+    missing = [
+        (index, seed)
+        for index, trial in enumerate(trials)
+        for seed in seeds[len(trial.observations) :]
+    ]
+    runs = [
+        Run(points[index].cluster, points[index].workload, seed=seed, record=slo.record)
+        for index, seed in missing
+    ]
+    made: list[Observation | str] = [""] * len(runs)
+    # Of each run only what this SLO needs is kept, as soon as it is done.
+    for number, outcome in outcomes_of(runs, store=store, jobs=jobs, needs_values=True):
+        made[number] = outcome.error or observation_of(
+            slo, outcome.figures, outcome.values, is_reused=outcome.is_reused
+        )
+    found = [list(trial.observations) for trial in trials]
+    errors = [""] * len(trials)
+    for (index, _), one in zip(missing, made, strict=True):
+        if isinstance(one, Observation):
+            found[index].append(one)
+        else:
+            errors[index] = errors[index] or one
+    return [
+        _assessed(observations, slo, confidence, error)
+        for observations, error in zip(found, errors, strict=True)
+    ]
+
+
+def _assessed(observations: list[Observation], slo: Slo, confidence: float, error: str) -> Trial:
+    if error:
+        return Trial(observations, [], error)
     assessments = [
         assess(requirement, [each.ratios[index] for each in observations], confidence)
         for index, requirement in enumerate(slo.requirements)
@@ -204,9 +231,11 @@ def more_runs(
     return Trial(observations, assessments)
 
 
-def observe(runs: Sequence[Run], slo: Slo, jobs: int | None = None) -> list[Observation]:
-    """Make runs, and return what is kept of each, in their order."""
-    return outcomes(partial(_observation, slo), runs, jobs)
+def raise_error(trial: Trial, point: Point, seeds: Sequence[int]) -> NoReturn:
+    """Raise what made a run fail; made again here, it shows where that happened."""
+    for seed in seeds:
+        Run(point.cluster, point.workload, seed=seed).simulate()
+    raise SimulationError(trial.error)
 
 
 def outcomes(
@@ -217,33 +246,10 @@ def outcomes(
     Parameters
     ----------
     jobs : int, optional
-        As :func:`~vidur_simpy.parallel.as_completed` takes it; where nobody asks for workers,
-        joblib is not needed.
+        As :func:`vidur_simpy.search.runs.completed` takes it.
     """
-    if jobs == 1 or (jobs is None and not find_spec("joblib")):
-        return [function(task) for task in tasks]
-    done = dict(as_completed(function, tasks, jobs))
+    done = dict(completed(function, tasks, jobs))
     return [done[number] for number in range(len(tasks))]
-
-
-def _observation(slo: Slo, run: Run) -> Observation:
-    result = run.simulate()
-    requests = result.requests
-    first, last = requests["arrived_at"].min(), requests["arrived_at"].max()
-    end = requests["completed_at"].max()
-    figures = figures_of(result)
-    figures["gpu_hours_per_million_tokens"] = result.cost(1.0)["cost_per_million_tokens"]
-    figures["kwh_per_million_tokens"] = _energy(result)
-    figures["mean_in_system"] = float(requests["e2e"].sum()) / max(last - first, 1e-12)
-    figures["arrival_share"] = float((last - first) / max(end - first, 1e-12))
-    return Observation([ratios(result, each) for each in slo.requirements], figures)
-
-
-def _energy(result: Result) -> float:
-    try:
-        return float(result.energy()["kwh_per_million_tokens"])
-    except ConfigError:  # the data sheet does not say
-        return math.nan
 
 
 def columns_of(assessment: Assessment) -> dict[str, float]:
@@ -255,3 +261,23 @@ def columns_of(assessment: Assessment) -> dict[str, float]:
         row, name = {name: assessment.attainment}, "fraction_ratio"
     ends = {"": ratio.estimate, "_low": ratio.low, "_high": ratio.high}
     return row | {name + end: value * requirement.scale for end, value in ends.items()}
+
+
+def check_effort(function: str, confidence: float, max_replications: int) -> None:
+    """Refuse a confidence or a number of replications that is none.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if isinstance(confidence, bool) or not (
+        isinstance(confidence, int | float) and 0 < confidence < 1
+    ):
+        raise ConfigError(
+            f"{function}(): confidence = {confidence!r}: expected a number from 0 to 1."
+        )
+    is_whole = isinstance(max_replications, int) and not isinstance(max_replications, bool)
+    if not (is_whole and max_replications >= 1):
+        raise ConfigError(
+            f"{function}(): max_replications = {max_replications!r}: expected an integer >= 1."
+        )

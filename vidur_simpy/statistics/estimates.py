@@ -58,7 +58,7 @@ def interval(
     confidence : float
     warm_up : float, optional
         Leave out what arrived before this many seconds; None cuts each run where
-        :func:`warm_up_length` says, unless `Result.after` did.
+        `warm_up_length` says, unless `Result.after` did.
 
     Returns
     -------
@@ -82,9 +82,9 @@ def interval(
     >>> workload = vs.Workload(vs.Poisson(9.0), vs.FixedLengths(512, 16), num_requests=2_000)
     >>> result = vs.simulate(cluster, workload)
     >>> result.interval("ttft")
-    <Interval: 0.01893 (95 %: 0.01853 to 0.0193) from 2,000 values worth 1,198>
+    <Interval: 0.01893 (95 %: 0.01846 to 0.01936) from 2,000 values worth 1,063>
     >>> result.interval("ttft", 0.99)
-    <Interval: 0.0402 (95 %: 0.03776 to 0.04249) from 2,000 values worth 1,614>
+    <Interval: 0.0402 (95 %: 0.03776 to 0.04249) from 2,000 values>
     """
     listed = _listed(results)
     series = [_values_of(result, metric) for result in listed]

@@ -1,9 +1,8 @@
 """Intervals for means and quantiles of values that resemble their neighbours.
 
 Latencies of neighbouring requests resemble each other, so a run of 10,000 requests tells as much
-as fewer independent ones. Here a run is cut into batches long enough to be nearly independent, and
-their spread says how sure the estimate is. Several runs on independent seeds (replications) are
-pooled, with fewer and longer batches each.
+as fewer independent ones; `mean_error` says how much. Several runs on independent seeds
+(replications) are pooled.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from vidur_simpy.errors import ConfigError
+from vidur_simpy.statistics.mean_error import batches, error_of_mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,15 +32,8 @@ __all__ = [
 
 Runs: TypeAlias = "NDArray[np.float64] | Sequence[NDArray[np.float64]]"
 
-# Batches of all runs together, at least; Schmeiser (1982) advises 10 to 30.
-NUM_BATCHES = 16
-# Below it, skewness and autocorrelation of batch means are not estimated.
-MIN_BATCHES = 10
 # Below it, intervals for queues were measured to cover less than they say.
 MIN_EFFECTIVE = 100
-# Skewness of few batches is known badly; above it, intervals for queues were measured to become
-# up to half as wide again without covering more.
-MAX_SKEWNESS = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ def num_values_needed(quantile: float, confidence: float = 0.95) -> int:
 
 
 def mean_interval(runs: Runs, *, confidence: float = 0.95, is_correlated: bool = True) -> Interval:
-    """Return the mean of all values with Student's interval from means of batches.
+    """Return the mean of all values with Student's interval.
 
     Parameters
     ----------
@@ -117,13 +110,12 @@ def mean_interval(runs: Runs, *, confidence: float = 0.95, is_correlated: bool =
         Values of one run, or of several independent ones, in order of time.
     confidence : float
     is_correlated : bool
-        Whether neighbouring values may resemble each other; else each is a batch.
+        Whether neighbouring values may resemble each other.
 
     Returns
     -------
     Interval
-        Corrected for skewness and for what correlation the batches have left. All infinite if a
-        value is.
+        Corrected for skewness. All infinite if a value is.
 
     Raises
     ------
@@ -133,7 +125,7 @@ def mean_interval(runs: Runs, *, confidence: float = 0.95, is_correlated: bool =
     Notes
     -----
     Skewness as Willink (2005), A confidence interval and test for the mean of an asymmetric
-    distribution; autocorrelation of batch means as Tafazzoli and Wilson (2011), Skart.
+    distribution; correlation as :func:`vidur_simpy.statistics.mean_error.error_of_mean`.
 
     Examples
     --------
@@ -146,17 +138,18 @@ def mean_interval(runs: Runs, *, confidence: float = 0.95, is_correlated: bool =
     if np.isinf(values).any():
         return Interval(math.inf, math.inf, math.inf, confidence, len(values), 0.0)
     estimate, count = float(values.mean()), len(values)
-    error, skewness, num_batches = _error_of_mean(arrays, is_correlated)
-    if num_batches < 2:
+    made = error_of_mean(arrays, is_correlated=is_correlated)
+    if made.num_batches < 2:
         few = f"{count} values are too few for an interval"
         return Interval(estimate, -math.inf, math.inf, confidence, count, 0.0, notes=(few,))
-    student = _student(num_batches - 1, confidence)
+    student = _student(made.freedom, confidence)
     low, high = (
-        estimate - _unskewed(bound, skewness, num_batches) * error for bound in (student, -student)
+        estimate - _unskewed(bound, made.skewness, made.num_batches) * made.error
+        for bound in (student, -student)
     )
     num_effective = float(count)
-    if is_correlated and error > 0:
-        num_effective = min(num_effective, float(values.var()) / error**2)
+    if is_correlated and made.error > 0:
+        num_effective = min(num_effective, float(values.var()) / made.error**2)
     notes = _notes_of_length(num_effective) if is_correlated else ()
     return Interval(estimate, low, high, confidence, count, num_effective, notes=notes)
 
@@ -191,10 +184,10 @@ def quantile_interval(
     -----
     Woodruff (1952), Confidence intervals for medians and other position measures: the share of
     values below the quantile has an interval, and its ends are the ranks. That interval is the
-    binomial one (exact for independent values) for as many independent values as the spread of
-    the share over batches says; that this spread is itself an estimate widens it as in Korn and
-    Graubard (1998), Confidence intervals for proportions with small expected number of positive
-    counts estimated from survey data.
+    binomial one (exact for independent values) for as many independent values as the error of the
+    share says; that this error is itself an estimate widens it as in Korn and Graubard (1998),
+    Confidence intervals for proportions with small expected number of positive counts estimated
+    from survey data.
 
     Examples
     --------
@@ -205,11 +198,11 @@ def quantile_interval(
     arrays = _arrays(runs)
     values = np.sort(np.concatenate(arrays))
     estimate, count = _quantile(values, quantile), len(values)
-    num_effective, widening = float(count), 1.0
+    num_effective = num_sure = float(count)
     if is_correlated:
-        num_effective, num_batches = _num_effective_of_share(arrays, estimate)
-        widening = _normal(confidence) / _student(max(1, num_batches - 1), confidence)
-    low, high = _ranks(quantile, num_effective * widening**2, count, confidence)
+        num_effective, freedom = _num_effective_of_share(arrays, estimate)
+        num_sure = num_effective * (_normal(confidence) / _student(freedom, confidence)) ** 2
+    low, high = _ranks(quantile, num_sure, count, confidence)
     return Interval(
         estimate,
         float(values[low - 1]) if low >= 1 else -math.inf,
@@ -217,7 +210,7 @@ def quantile_interval(
         confidence,
         count,
         num_effective,
-        notes=_notes_of_quantile(quantile, confidence, count, num_effective)
+        notes=_notes_of_quantile(quantile, confidence, count, num_sure)
         or (_notes_of_length(num_effective) if is_correlated else ()),
     )
 
@@ -263,7 +256,7 @@ def difference_interval(
     gaps = [
         _gap(*section, quantile)
         for before, later in pairs
-        for section in zip(_batches(before, len(pairs)), _batches(later, len(pairs)), strict=True)
+        for section in zip(batches(before, len(pairs)), batches(later, len(pairs)), strict=True)
     ]
     half, count = math.inf, sum(len(before) for before in befores)
     if len(gaps) > 1:
@@ -304,54 +297,6 @@ def _arrays(runs: Any) -> list[NDArray[np.float64]]:
     return arrays
 
 
-def _batches(array: NDArray[np.float64], num_runs: int) -> list[NDArray[np.float64]]:
-    """Cut the values of one of several runs into batches in order of time."""
-    return np.array_split(array, min(len(array), math.ceil(NUM_BATCHES / num_runs)))
-
-
-def _error_of_mean(
-    arrays: Sequence[NDArray[np.float64]], is_correlated: bool
-) -> tuple[float, float, int]:
-    """Return the standard error of the mean of all values, and skewness and number of batches."""
-    if not is_correlated:
-        values = np.concatenate(arrays)
-        return _spread(values, np.ones(len(values)))
-    batches = [_batches(array, len(arrays)) for array in arrays]
-    means = [np.array([batch.mean() for batch in run]) for run in batches]
-    sizes = np.array([float(len(batch)) for run in batches for batch in run])
-    error, skewness, num_batches = _spread(np.concatenate(means), sizes)
-    return error * math.sqrt(_inflation(means)), skewness, num_batches
-
-
-def _spread(means: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[float, float, int]:
-    count = len(means)
-    if count < 2:
-        return math.inf, 0.0, count
-    if means.min() == means.max():
-        return 0.0, 0.0, count
-    shares = sizes / sizes.sum()
-    deviations = means - (shares * means).sum()
-    variance = float(((shares * deviations) ** 2).sum()) * count / (count - 1)
-    skewness = 0.0
-    if count >= MIN_BATCHES:
-        cubes = float((deviations**3).mean()) * count**2 / ((count - 1) * (count - 2))
-        skewness = cubes / float(deviations.std(ddof=1)) ** 3
-        skewness = max(-MAX_SKEWNESS, min(skewness, MAX_SKEWNESS))
-    return math.sqrt(variance), skewness, count
-
-
-def _inflation(means: Sequence[NDArray[np.float64]]) -> float:
-    """Return by what a positive correlation of neighbouring batches raises the variance."""
-    mean = np.concatenate(means).mean()
-    num_pairs = sum(len(run) - 1 for run in means)
-    squares = sum(float(((run - mean) ** 2).sum()) for run in means)
-    if num_pairs < MIN_BATCHES or squares == 0:
-        return 1.0
-    products = sum(float(((run[1:] - mean) * (run[:-1] - mean)).sum()) for run in means)
-    correlation = min(max(products / squares, 0.0), 0.8)
-    return (1 + correlation) / (1 - correlation)
-
-
 def _unskewed(quantile: float, skewness: float, count: int) -> float:
     """Return Student's quantile as it is for a skewed distribution."""
     slant = skewness / (6 * math.sqrt(count))
@@ -363,15 +308,18 @@ def _unskewed(quantile: float, skewness: float, count: int) -> float:
 def _num_effective_of_share(
     arrays: Sequence[NDArray[np.float64]], limit: float
 ) -> tuple[float, int]:
-    """Return what the share of values up to a limit is worth, and from how many batches."""
-    is_below = [(array <= limit if math.isfinite(limit) else array < limit) for array in arrays]
-    error, _, num_batches = _error_of_mean([each.astype(np.float64) for each in is_below], True)
+    """Return what the share of values up to a limit is worth, and its degrees of freedom."""
+    is_below = [
+        (array <= limit if math.isfinite(limit) else array < limit).astype(np.float64)
+        for array in arrays
+    ]
+    made = error_of_mean(is_below)
     pooled = np.concatenate(is_below)
-    if num_batches < 2:
-        return 0.0, num_batches
-    if error == 0:
-        return float(len(pooled)), num_batches
-    return min(float(len(pooled)), float(pooled.var()) / error**2), num_batches
+    if made.num_batches < 2:
+        return 0.0, 1
+    if made.error == 0:
+        return float(len(pooled)), made.freedom
+    return min(float(len(pooled)), float(pooled.var()) / made.error**2), made.freedom
 
 
 def _quantile(ordered: NDArray[np.float64], quantile: float) -> float:

@@ -34,7 +34,8 @@ class Arrivals(Protocol):
     ) -> NDArray[np.float64]:
         """Return arrival times in seconds from 0, ascending, as float64 of shape (n,).
 
-        Exactly one of `num_requests` (how many) and `duration` (all times below it) is given.
+        Exactly one of `num_requests` (how many) and `duration` (all times below it) is given;
+        `rng` is the only source of randomness.
         """
         ...
 
@@ -64,7 +65,7 @@ class Poisson:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`Arrivals`."""
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`."""
 
         def draw_gaps(size: int) -> NDArray[np.float64]:
             return rng.exponential(1 / self.rate, size)
@@ -101,7 +102,7 @@ class Gamma:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`Arrivals`."""
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`."""
         shape, scale = self.cv**-2, self.cv**2 / self.rate
 
         def draw_gaps(size: int) -> NDArray[np.float64]:
@@ -133,7 +134,7 @@ class Constant:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`Arrivals`; `rng` is not used."""
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`; `rng` is not used."""
         num_requests, duration = _one_limit(num_requests, duration)
         most = num_requests if duration is None else math.ceil(self.rate * duration) + 1
         times = np.arange(1, most + 1) / self.rate
@@ -156,7 +157,7 @@ class AllAtOnce:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`Arrivals`; `rng` is not used.
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`; `rng` is not used.
 
         Raises
         ------
@@ -177,7 +178,7 @@ class TraceArrivals:
     Parameters
     ----------
     path : str or Path
-        A file with a column of times, see :func:`~vidur_simpy.workload.read_trace`.
+        A file with a column of times, see :func:`vidur_simpy.workload.read_trace`.
     time_scale : float
         Factor on the recorded times; 0.5 doubles the load.
     format : {"auto", "vidur", "azure", "mooncake"}
@@ -199,7 +200,7 @@ class TraceArrivals:
         num_requests: int | None = None,
         duration: float | None = None,
     ) -> NDArray[np.float64]:
-        """Return the times, see :class:`Arrivals`; `rng` is not used.
+        """Return the times, see :class:`vidur_simpy.workload.Arrivals`; `rng` is not used.
 
         A trace that ends before `duration` gives all its rows.
         """

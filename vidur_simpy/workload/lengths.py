@@ -46,7 +46,10 @@ class Lengths(Protocol):
     """
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the prompt and output tokens of each request, int64 of shape (n,), >= 1."""
+        """Return prompt and output tokens of `num_requests` requests, int64 of shape (n,), >= 1.
+
+        `rng` is the only source of randomness.
+        """
         ...
 
 
@@ -69,7 +72,7 @@ class FixedLengths:
     num_decode_tokens: int = Field(ge=1, le=MAX_TOKENS)
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`; `rng` is not used."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`; `rng` is not used."""
         prompt = np.full(num_requests, self.num_prefill_tokens, np.int64)
         return prompt, np.full(num_requests, self.num_decode_tokens, np.int64)
 
@@ -103,7 +106,7 @@ class UniformLengths:
         _check_range(self.min_tokens, self.max_tokens)
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`."""
         total = rng.integers(self.min_tokens, self.max_tokens, num_requests, endpoint=True)
         return _split(total, np.ceil(total / (1 + self.prefill_to_decode_ratio)))
 
@@ -142,7 +145,7 @@ class ZipfLengths:
         _check_range(self.min_tokens, self.max_tokens)
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`."""
         ranks = np.arange(1, self.max_tokens - self.min_tokens + 2, dtype=np.float64)
         cumulative = np.cumsum(ranks**-self.theta)
         cumulative /= cumulative[-1]
@@ -175,7 +178,7 @@ class LognormalLengths:
     output_sigma: float = Field(ge=0, le=10)
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`."""
         normal = rng.standard_normal((num_requests, 2))  # a row per request: a longer run extends
         prompt = self.prompt_median * np.exp(self.prompt_sigma * normal[:, 0])
         output = self.output_median * np.exp(self.output_sigma * normal[:, 1])
@@ -222,7 +225,7 @@ class PublishedLengths:
         return _published()[self.name]
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`."""
         figures = self.statistics
         r = 2 * math.sin(math.pi * figures["spearman_prompt_output"] / 6)
         first, second = rng.standard_normal((num_requests, 2)).T
@@ -238,7 +241,7 @@ class TraceLengths:
     Parameters
     ----------
     path : str or Path
-        A file with columns of lengths, see :func:`~vidur_simpy.workload.read_trace`; arrival
+        A file with columns of lengths, see :func:`vidur_simpy.workload.read_trace`; arrival
         times may be missing.
     format : {"auto", "vidur", "azure", "mooncake"}
         How the file is read; "auto" tells it from the columns.
@@ -261,7 +264,7 @@ class TraceLengths:
     order: Literal["resample", "shuffle", "file"] = "resample"
 
     def sample(self, rng: np.random.Generator, num_requests: int) -> LengthsPair:
-        """Return the lengths, see :class:`Lengths`."""
+        """Return the lengths, see :class:`vidur_simpy.workload.Lengths`."""
         prompt, output = read_lengths(self.path, self.format)
         rows = self._rows(rng, num_requests, len(prompt))
         prompt = scale_lengths(prompt[rows], self.prefill_scale, "prefill_scale")

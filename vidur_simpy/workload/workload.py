@@ -37,7 +37,7 @@ class Workload:
         Instead of `num_requests`: all that arrive before this many seconds.
     clip : {"refuse", "prompt", "proportional"}
         What happens to requests longer than the model takes, see
-        :func:`~vidur_simpy.workload.clip_lengths`.
+        :func:`vidur_simpy.workload.clip_lengths`.
 
     Raises
     ------
@@ -83,6 +83,13 @@ class Workload:
     ) -> RequestArrays:
         """Draw the requests; equal generators give equal requests, bit for bit.
 
+        Parameters
+        ----------
+        rng_arrivals, rng_lengths : numpy.random.Generator
+            Randomness of the arrivals and of the lengths, apart, so that one can change alone.
+        max_model_len : int, optional
+            Longest prompt and output together, in tokens, for `clip`.
+
         Raises
         ------
         ConfigError
@@ -120,7 +127,7 @@ class Trace:
     Parameters
     ----------
     path : str or Path
-        The file, see :func:`~vidur_simpy.workload.read_trace`.
+        The file, see :func:`vidur_simpy.workload.read_trace`.
     format : {"auto", "vidur", "azure", "mooncake"}
         How the file is read; "auto" tells it from the columns.
     time_scale : float
@@ -137,7 +144,7 @@ class Trace:
         Prompt tokens behind one hash id.
     clip : {"refuse", "prompt", "proportional"}
         What happens to requests longer than the model takes, see
-        :func:`~vidur_simpy.workload.clip_lengths`.
+        :func:`vidur_simpy.workload.clip_lengths`.
     slo_by_priority : dict of int to float, optional
         Seconds from arrival to deadline for each class of requests, told by their `priority` (0
         where the trace has none). A deadline that is in the trace stays.
@@ -177,7 +184,14 @@ class Trace:
         rng_lengths: np.random.Generator | None = None,
         max_model_len: int | None = None,
     ) -> RequestArrays:
-        """Read the requests; the generators are not used.
+        """Read the requests.
+
+        Parameters
+        ----------
+        rng_arrivals, rng_lengths : numpy.random.Generator, optional
+            Not used.
+        max_model_len : int, optional
+            Longest prompt and output together, in tokens, for `clip`.
 
         Raises
         ------
