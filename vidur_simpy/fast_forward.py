@@ -6,7 +6,8 @@ recorded or listened to, and simultaneous events are in their documented order.
 *In place.* A batch on a stage is one event, its BATCH_STAGE_END. What follows at that instant (the
 hop to the next stage, BATCH_END, the next REPLICA_SCHEDULE) is called instead of queued. Exact,
 because the state between two instants is the one the processes leave behind, and a step whose
-turn depends on other events of the instant is queued as ever unless nothing else is due.
+turn depends on other events of the instant is queued as ever unless nothing else is due. With one
+stage even that one event is spared while nothing else is due before the batch ends.
 
 *Runs.* When a batch only decodes and nothing can join, finish or run out of blocks for ``k``
 iterations, they are one event at the end of the last. Durations come as a vector from the
@@ -15,9 +16,9 @@ one by one. A request that arrives, an interrupt, a process that asks for the st
 cuts the run at the end of the iteration under way; whoever may look (a user's process, the end of
 ``run(until)``) finds the replica as if it had stepped, because the run is settled before.
 
-Iterations are taken one by one with several stages, with batches planned ahead, under an
-execution-time model without ``decode_times`` and under a replica scheduler without
-``steady_steps``.
+Iterations are taken one by one with several stages, with batches planned ahead, with KV-parallel
+groups, under an execution-time model without ``decode_times`` and under a replica scheduler without
+``steady_steps``. `plain_loop` goes further for whole runs that nobody can look into.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class FastStage:
         "_ends",
         "_env",
         "_is_alone",
-        "_is_plain",
         "_is_first",
         "_is_last",
+        "_is_plain",
         "_limit",
         "_listeners",
         "_num_settled",
