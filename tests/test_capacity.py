@@ -517,10 +517,12 @@ def test_the_command_line_prints_curve_and_answer(tmp_path, capsys):
     )
     out = tmp_path / "curve.csv"
     arguments = ["capacity", str(config), "--slo", "ttft:p90=0.05", "--jobs", "1"]
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--max-replications", "2", "--out", str(out)])
-    assert ended.value.code == 0
-    assert "Capacity under Slo(ttft:p90 <= 0.05 s)" in capsys.readouterr().out
+    arguments += ["--max-replications", "2", "--store", str(tmp_path / "store")]
+    for printed in ("Capacity under Slo(ttft:p90 <= 0.05 s)", "reused"):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--out", str(out), "--overwrite"])
+        assert ended.value.code == 0
+        assert printed in capsys.readouterr().out
     assert out.read_text().startswith("rate,verdict,num_runs,ttft_p90")
     with pytest.raises(SystemExit) as ended:
         main(["capacity", str(config), "--slo", "tft:p90=0.05"])

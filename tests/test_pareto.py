@@ -119,7 +119,37 @@ def test_the_cheapest_that_meets_the_slo_is_recommended(advice):
     assert advice.cluster.num_replicas == 2
     assert list(advice.table["verdict"]) == ["misses", "meets", "meets"] * 2
     assert advice.table["cost_per_hour"].to_list() == [4.0, 8.0, 16.0, 2.0, 4.0, 8.0]
-    assert advice.objective == "cost_per_million_tokens"
+    assert advice.objective == "cost_per_hour"
+    assert "surely better than row 5, by 4" in advice.notes
+
+
+def test_of_equally_cheap_ones_the_one_with_most_room_is_recommended(cluster, workload):
+    """Smaller chunks delay first tokens; the price is the same, and that is told."""
+    grid = {"cluster.replica_scheduler.chunk_size": [256, 1024, 512], "cluster.num_replicas": [4]}
+    found = vs.recommend(cluster, workload, SLO, grid, price_per_gpu_hour=1.0, max_replications=2)
+    assert found.settings["cluster.replica_scheduler.chunk_size"] == 1024
+    assert found.runner_up == 2
+    assert "as good as row 2, but further from its limits" in found.notes
+
+
+def test_a_job_that_ends_pays_until_its_last_request_is_done(cluster):
+    """All at once: twice the replicas for half the time cost an hour twice, the job the same."""
+    job = vs.Workload(vs.AllAtOnce(), vs.FixedLengths(512, 16), num_requests=2000)
+    found = {
+        objective: vs.recommend(
+            cluster,
+            job,
+            {"e2e:p90": 120.0},
+            {"cluster.num_replicas": [1, 2]},
+            objective=objective,
+            price_per_gpu_hour=1.0,
+            max_replications=1,
+        )
+        for objective in ("cost", "cost_per_million_tokens")
+    }
+    assert found["cost"].cluster.num_replicas == 1
+    costs = found["cost_per_million_tokens"].table["cost_per_million_tokens"]
+    assert costs[1] == pytest.approx(costs[0], rel=0.1)
 
 
 def test_it_says_how_sure_it_is(advice):

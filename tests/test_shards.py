@@ -9,9 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from against_oracle import Given, cluster_of
+from against_vllm_v1 import Given as RequestsOfVllm
+from against_vllm_v1 import cluster_of as cluster_of_vllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle.golden import case_folders, read_case
+from oracle.vllm_v1 import read_vllm_v1_case
+from test_golden_vllm import FOLDERS as VLLM_FOLDERS
 
 import vidur_simpy as vs
 from vidur_simpy.workload import RequestArrays
@@ -78,21 +82,31 @@ def test_every_golden_case_is_the_same_in_shards(router, event_order, record):
 
 
 @pytest.mark.skipif(not FOLDERS, reason="no golden cases here or beside the checkout")
-def test_eligible_golden_cases_are_the_same_as_they_are():
-    """Those whose own router is round robin, on the replicas that they have."""
-    num_cases = 0
-    for folder in FOLDERS:
-        case, rows, expected = read_case(folder)
-        if case.global_scheduler != "round_robin" or case.num_replicas == 1:
-            continue
-        num_cases += 1
-        requests = Given(rows)
-        for event_order in expected.event_orders:
-            options = {"event_order": event_order, "record": RECORDS}
-            single = vs.simulate(cluster_of(case), requests, **options)
-            assert same(in_shards(cluster_of(case), requests, 4, **options), single)
-    if not num_cases:
-        pytest.skip("the cases in the repository have one replica each")
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_golden_case_is_the_same_as_it_is(folder):
+    """On the replicas that it has, if its own router does not look at them; else it is refused."""
+    case, rows, expected = read_case(folder)
+    cluster, requests = cluster_of(case), Given(rows)
+    if case.global_scheduler != "round_robin":
+        with pytest.raises(vs.ConfigError, match="cannot be simulated apart"):
+            in_shards(cluster, requests, 4)
+        return
+    for event_order in expected.event_orders:
+        options = {"event_order": event_order, "record": RECORDS}
+        single = vs.simulate(cluster, requests, **options)
+        assert same(in_shards(cluster, requests, 4, **options), single)
+
+
+@pytest.mark.skipif(not VLLM_FOLDERS, reason="no golden vLLM cases here or beside the checkout")
+@pytest.mark.parametrize("record", [(), RECORDS])
+def test_golden_vllm_cases_are_the_same_in_shards(record):
+    """The engine of vLLM with prefix caching, preemptions and asynchronous steps, four times."""
+    for name, folder in VLLM_FOLDERS.items():
+        case, rows = read_vllm_v1_case(folder)
+        cluster = cluster_of_vllm(case, num_replicas=4)
+        requests = RequestsOfVllm(rows, case.hash_block_size, 1e9)
+        single = vs.simulate(cluster, requests, record=record)
+        assert same(in_shards(cluster, requests, 4, record=record), single), name
 
 
 @settings(max_examples=25, deadline=None)

@@ -30,6 +30,11 @@ set_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace what an earlier command left at --out."
 )
+store_option = click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that keeps each run as it is done: the same command goes on after a kill.",
+)
 jobs_option = click.option(
     "--jobs", type=int, default=-1, help="Workers; one per core if not given."
 )
@@ -109,11 +114,7 @@ def run(
     help="Values of a setting, as in cluster.num_replicas=1,2,4; all combinations of several.",
 )
 @click.option("--replications", type=int, default=1, help="Runs of each, with seeds of their own.")
-@click.option(
-    "--store",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that keeps each run as it is done: the same command goes on after a kill.",
-)
+@store_option
 @table_option("the whole table")
 @overwrite_option
 @jobs_option
@@ -158,6 +159,7 @@ def sweep(
 )
 @click.option("--tolerance", type=float, default=0.05, help="How close to come, 0.05 if not given.")
 @click.option("--max-replications", type=int, default=32, help="Most runs at one rate.")
+@store_option
 @table_option("the rates that were tried")
 @overwrite_option
 @jobs_option
@@ -167,6 +169,7 @@ def capacity(
     slo: Sequence[str],
     tolerance: float,
     max_replications: int,
+    store: Path | None,
     out: Path | None,
     overwrite: bool,
     jobs: int,
@@ -183,6 +186,7 @@ def capacity(
         tolerance=tolerance,
         max_replications=max_replications,
         seed=arguments.get("seed", 0),
+        store=store,
         jobs=jobs,
     )
     click.echo(found.curve.to_string(index=False, float_format=lambda value: f"{value:.4g}"))

@@ -48,16 +48,15 @@ def after_plain_loop(
     is_alone = not env._queue and env.is_unobserved and not router.may_look
     if not (is_alone and all(map(_knows, router.replicas))):
         return requests
-    lanes = [_lane(replica) for replica in router.replicas]
+    horizon = [inf]
+    lanes = [_lane(replica, horizon) for replica in router.replicas]
     for lane in lanes:
         next(lane)
-    arrivals = _Arrivals(requests)
     try:
-        _loop(env, router, arrivals, [lane.send for lane in lanes])
+        return _loop(env, router, requests, [lane.send for lane in lanes], horizon)
     finally:
         for lane in lanes:
             lane.close()
-    return arrivals.left()
 
 
 def _knows(replica: Replica) -> bool:
@@ -74,65 +73,53 @@ def _knows(replica: Replica) -> bool:
     )
 
 
-class _Arrivals:
-    """The requests to come, the next of which is known."""
-
-    __slots__ = ("_requests", "at", "next")
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self._requests = requests
-        self.next: Any = None
-        self.advance()
-
-    def advance(self) -> Request:
-        """Return the next request, and look at the one after it."""
-        request: Request = self.next
-        self.next = next(self._requests, None)
-        self.at = inf if self.next is None else self.next.arrived_at
-        return request
-
-    def left(self) -> Iterator[Request]:
-        """Return all requests that have not arrived."""
-        return iter(()) if self.next is None else chain([self.next], self._requests)
-
-
 def _loop(
-    env: Environment, router: Router, arrivals: _Arrivals, sends: list[Callable[[float], float]]
-) -> None:
-    """Handle one instant after the other: ends of batches, arrivals, formations."""
+    env: Environment,
+    router: Router,
+    requests: Iterator[Request],
+    sends: list[Callable[[float], float]],
+    horizon: list[float],
+) -> Iterator[Request]:
+    """Handle one instant after the other: ends of batches, arrivals, formations.
+
+    Until `horizon` the lane that was sent the present instant may go on by itself.
+    """
     replicas = router.replicas
     # When the batch under way of each replica ends; in the heap those that have one. An entry of
     # the heap is void when a run was cut, since its replica has an earlier one then.
     ends = [inf] * len(replicas)
     heap: list[tuple[float, int]] = []
+    upcoming = next(requests, None)
     while not env.is_interrupted:
-        arrives_at = arrivals.at
+        arrives_at: Any = inf if upcoming is None else upcoming.arrived_at
         while heap and heap[0][0] < arrives_at:
             now, index = heap[0]
             if now != ends[index]:
                 heappop(heap)
                 continue
-            env._now = now
+            horizon[0] = (
+                min(arrives_at, *[entry[0] for entry in heap[1:3]]) if heap[1:] else arrives_at
+            )
             ends[index] = ends_at = sends[index](now)
             if ends_at == inf:
                 heappop(heap)
             elif ends_at == _STUCK:
-                return
+                return _with(upcoming, requests)
             else:
                 heapreplace(heap, (ends_at, index))
             if env.is_interrupted:
-                return
-        if arrives_at == inf:
-            return
-        env._now = now = arrives_at
+                return _with(upcoming, requests)
+        if upcoming is None:
+            break
+        env._now = now = horizon[0] = arrives_at
         to_form = []
         while heap and heap[0][0] == now:
             _, index = heappop(heap)
             if ends[index] == now:
                 ends[index] = sends[index](_END_ONLY)  # not a number: between two batches
                 to_form.append(index)
-        while arrivals.at == now:
-            request = arrivals.advance()
+        while upcoming is not None and upcoming.arrived_at == now:
+            request, upcoming = upcoming, next(requests, None)
             if not router.admits(request):
                 continue
             replica = router.choose(request)
@@ -148,37 +135,50 @@ def _loop(
         for index in to_form:
             ends[index] = ends_at = sends[index](now)
             if ends_at == _STUCK:
-                return
+                return _with(upcoming, requests)
             if ends_at != inf:
                 heappush(heap, (ends_at, index))
+    return _with(upcoming, requests)
 
 
-def _lane(replica: Replica) -> Lane:
+def _with(upcoming: Request | None, requests: Iterator[Request]) -> Iterator[Request]:
+    return requests if upcoming is None else chain([upcoming], requests)
+
+
+def _lane(replica: Replica, horizon: list[float]) -> Lane:
     """Execute the batches of one replica.
 
     Sent the present instant, it ends the batch under way if there is one, forms the next and
-    answers when that ends: infinity if there is none. Closed, it leaves its batch to the stage.
+    answers when that ends: infinity if there is none. What ends before the horizon it does not
+    answer but goes on. Closed, it leaves its batch to the stage.
     """
     env, pool, stage, timeline = replica.env, replica.pool, replica.stages[0], replica.timeline
     fast, stage_time, complete = stage.fast, stage.stage_time, replica.complete
     scheduler: Any = replica.scheduler
     waiting, block_size, num_blocks = scheduler.waiting, pool.block_size, pool.num_blocks
-    max_batch_size = scheduler.max_batch_size
-    is_sarathi = isinstance(scheduler, SarathiScheduler)
+    max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
+    watermark = pool.num_watermark_blocks
+    is_mixed = isinstance(scheduler, SarathiScheduler)  # decodes and prompts in one batch
+    max_tokens = scheduler.chunk_size if is_mixed else scheduler.max_num_batched_tokens
 
     decodes: DecodeSet | None = None
+    members: dict[Request, None] = {}
+    finishing: dict[int, list[Request]] = {}
+    finishes: list[int] = []
+    phases: list[int] = []
     size = iteration = processed = 0  # of the decode set: members, steps, tokens
-    executed = 0.0
-    partials: list[Request] = []  # whose prompts go on
+    executed = last_end = 0.0
+    partial: Request | None = None  # whose prompt goes on
+    is_partial_skipped = False  # by the batch under way
     batch = Batch()  # the one under way, again and again
     chunks: list[PrefillChunk] = []
-    num_decodes = num_tokens = context = pairs = 0  # of it
+    spare: list[PrefillChunk] = []  # used again and again
+    num_decodes = num_tokens = context = pairs = 0  # of the batch
     started_at = duration = 0.0
     is_formed = False
-    num_skipped = 0  # of the partials, those that got no tokens in the batch
     num_batches = num_prefill_tokens = num_decode_tokens = num_pairs = num_context = 0
+    now = yield inf
     try:
-        now = yield inf
         while True:
             if is_formed:
                 # -- BATCH_STAGE_END and BATCH_END
@@ -200,85 +200,138 @@ def _lane(replica: Replica) -> Lane:
                 num_prefill_tokens += num_tokens - num_decodes
                 num_pairs += pairs
                 num_context += context
-                completed: list[Request] = []
+                blocks = 0  # freed
+                completed = None
                 if num_decodes:
-                    assert decodes is not None
                     iteration += 1
                     processed += num_decodes
                     executed += duration
-                    decodes.last_end = now
-                    if iteration in decodes._finishing:
-                        decodes.iteration, decodes.num_processed_tokens = iteration, processed
-                        decodes.execution_time = executed
-                        completed = decodes.finish()
-                        processed, size = decodes.num_processed_tokens, len(decodes.members)
-                        if not size:
-                            decodes = None
-                if chunks:
-                    if decodes is None:
-                        decodes = DecodeSet(block_size)
-                        iteration = processed = 0
-                        executed = 0.0
-                    decodes.iteration, decodes.num_processed_tokens = iteration, processed
-                    decodes.execution_time = executed
-                    for chunk in chunks:
-                        request = chunk.request
-                        request.execution_time += duration
-                        request.last_stage_end = now
-                        request._processed += chunk.num_tokens
-                        if request._processed < request.prefill_target:
-                            partials.append(request)
-                            continue
-                        request.is_prefill_complete = True
-                        request._processed += 1
-                        request.first_token_at = now
-                        if request._processed == request.num_tokens:
-                            completed.append(request)
-                        else:
-                            decodes.join(request)
-                    processed, size = decodes.num_processed_tokens, len(decodes.members)
-                    if not size:
-                        decodes = None
-                if completed:
-                    for request in completed:
-                        pool.num_free += -(-(request._processed - 1) // block_size)
+                    last_end = now
+                    completed = finishing.pop(iteration, None)
+                    if completed is not None:
+                        for request in completed:
+                            joined_at = request._joined_at_iteration
+                            phases[(1 - request._processed + joined_at) % block_size] -= 1
+                            del members[request]
+                            own = executed - request._joined_at_execution_time
+                            waited = now - request.last_stage_end - own  # type: ignore[operator]
+                            request.execution_time += own
+                            if waited > 0.0:
+                                request.preempted_time += waited
+                            request.decode_set = None
+                            request._processed = length = request.num_tokens
+                            processed -= length
+                            blocks -= -(length - 1) // block_size
+                            complete(request, now)
+                        size = len(members)
+                        while finishes and finishes[0] <= iteration:
+                            heappop(finishes)
+                        scheduler.num_running -= len(completed)
+                for chunk in chunks:
+                    request = chunk.request
+                    request.execution_time += duration
+                    request.last_stage_end = now
+                    length = chunk.context
+                    if length < request.num_prefill_tokens:
+                        request._processed = request.num_scheduled_tokens = length
+                        partial = request
+                        continue
+                    request.num_scheduled_tokens = length
+                    request._processed = length + 1
+                    request.is_prefill_complete = True
+                    request.first_token_at = now
+                    if request.num_decode_tokens == 1:
+                        blocks -= -length // block_size
+                        scheduler.num_running -= 1
                         complete(request, now)
-                    scheduler.num_running -= len(completed)
+                        continue
+                    if not size:
+                        decodes = DecodeSet(block_size)
+                        members, phases = decodes.members, decodes._block_phases
+                        finishing, finishes = decodes._finishing, decodes._finishes
+                        iteration = processed = 0
+                        executed = last_end = 0.0
+                    assert decodes is not None
+                    request.decode_set = decodes
+                    request._joined_at_iteration = iteration
+                    request._joined_at_execution_time = executed
+                    members[request] = None
+                    size += 1
+                    processed += length + 1
+                    phases[(iteration - length) % block_size] += 1
+                    last = iteration + request.num_decode_tokens - 1
+                    if last in finishing:
+                        finishing[last].append(request)
+                    else:
+                        finishing[last] = [request]
+                        heappush(finishes, last)
+                    if request.arrived_at < decodes.latest_arrival:  # type: ignore[operator]
+                        decodes.is_sorted = False
+                    else:
+                        decodes.latest_arrival = request.arrived_at  # type: ignore[assignment]
+                pool.num_free += blocks
                 if is_end_only:
                     now = yield nan
 
             # -- REPLICA_SCHEDULE
             if now != pool._usage_since:
                 pool.tick(now)
-            chunks = [] if is_sarathi or not waiting else scheduler.admit_prompts(now)
-            num_decodes = 0 if chunks else size
+            num_decodes = size
+            if waiting and not is_mixed and scheduler.num_running < max_num_seqs:
+                blocks = -(-waiting[0].num_prefill_tokens // block_size)
+                if pool.num_free - blocks >= watermark:
+                    num_decodes = 0  # prompts go first, and alone
+            left, room = max_tokens, max_batch_size
             num_tokens, context = num_decodes, 0
             if num_decodes:
-                assert decodes is not None
-                blocks = decodes._block_phases[iteration % block_size]
-                if size + bool(partials) > max_batch_size or pool.num_free <= blocks:
+                blocks = phases[iteration % block_size]
+                if size + (partial is not None) > room or pool.num_free <= blocks:
+                    env._now = now
                     yield _STUCK  # somebody has to wait or to give way
                     return
                 if blocks:
                     pool.reserve(blocks)
                 context = processed + size
-            if is_sarathi and (partials or waiting):
-                chunks = scheduler.prompt_chunks(partials, num_decodes, now)
-                if partials:
-                    partials, scheduler.running = scheduler.running, []
-            num_skipped = len(partials)
+                left -= size
+                room -= size
             batch.decode_context = pairs = context
-            for chunk in chunks:
-                length, chunk_context = chunk.num_tokens, chunk.context
-                num_tokens += length
-                context += chunk_context
-                pairs += length * chunk_context - length * (length - 1) // 2
-                request = chunk.request
-                if request.scheduled_at is None:
+            chunks = []
+            is_partial_skipped = partial is not None and left <= 0
+            while left > 0:
+                if partial is not None:
+                    request, partial = partial, None
+                    done = request._processed
+                    request.preempted_time += now - request.last_stage_end  # type: ignore[operator]
+                    length = min(request.num_prefill_tokens - done, left)
+                elif waiting and room and scheduler.num_running != max_num_seqs:
+                    request, done = waiting[0], 0
+                    length = request.num_prefill_tokens
+                    blocks = -(-length // block_size)
+                    if pool.num_free - blocks < watermark:
+                        break
+                    if length > left:
+                        if not is_mixed:
+                            break
+                        length = left
+                    waiting.popleft()
+                    pool.reserve(blocks)
+                    scheduler.num_running += 1
                     request.scheduled_at = now
-                elif request.last_stage_end is not None:
-                    request.preempted_time += now - request.last_stage_end
+                else:
+                    break
+                done += length
+                left -= length
+                room -= 1
+                num_tokens += length
+                context += done
+                pairs += length * done - length * (length - 1) // 2
+                if len(chunks) == len(spare):
+                    spare.append(PrefillChunk(request, length, done))
+                chunk = spare[len(chunks)]
+                chunk.request, chunk.num_tokens, chunk.context = request, length, done
+                chunks.append(chunk)
             if not num_tokens:
+                env._now = now
                 now = yield inf
                 continue
             is_formed = True
@@ -293,33 +346,44 @@ def _lane(replica: Replica) -> Lane:
                 timeline.sample(now, scheduler.num_running, len(waiting), pool.usage)
 
             # -- REPLICA_STAGE_SCHEDULE
-            if not chunks and not partials:
+            ends_at = nan
+            if not chunks and partial is None:
                 assert decodes is not None
                 decodes.iteration, decodes.num_processed_tokens = iteration, processed
-                decodes.execution_time = executed
+                decodes.execution_time, decodes.last_end = executed, last_end
                 batch.scheduled_at = now
                 if fast.plan_run(batch, now):
-                    now = yield fast.run_ends_at
-                    continue
-            started_at, duration = now, nan
-            duration = stage_time(batch, 0)
-            if not 0.0 <= duration < inf:
-                yield _STUCK  # the stage says what is wrong
-                return
-            now = yield now + duration
+                    ends_at = fast.run_ends_at
+            if not fast.num_steps:
+                started_at, duration = now, nan
+                duration = stage_time(batch, 0)
+                if not 0.0 <= duration < inf:
+                    env._now = now
+                    yield _STUCK  # the stage says what is wrong
+                    return
+                ends_at = now + duration
+            if ends_at < horizon[0] and not env.is_interrupted:
+                now = ends_at
+            else:
+                env._now = now
+                now = yield ends_at
     finally:
         if decodes is not None and not fast.num_steps:
             decodes.iteration, decodes.num_processed_tokens = iteration, processed
-            decodes.execution_time = executed
+            decodes.execution_time, decodes.last_end = executed, last_end
         replica.num_batches += num_batches
         replica.num_batches_formed += num_batches
         replica.num_prefill_tokens += num_prefill_tokens
         replica.num_decode_tokens += num_decode_tokens
         replica.num_attention_pairs += num_pairs
         replica.num_context_tokens += num_context
-        apart = [] if decodes is None or (is_formed and num_decodes) else [decodes]
-        scheduler.running = [*partials[:num_skipped], *apart, *partials[num_skipped:]]
+        if size and decodes is not None and not (is_formed and num_decodes):
+            scheduler.running.append(decodes)
+        if partial is not None:
+            scheduler.running.insert(0 if is_partial_skipped else 1, partial)
         if is_formed:
+            for chunk in chunks:
+                chunk.request.num_scheduled_tokens = chunk.context
             if not fast.num_steps:
                 batch.scheduled_at = batch.stage_started_at = started_at
             replica.resume(batch, duration)

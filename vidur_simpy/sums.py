@@ -41,7 +41,7 @@ def repeated(pattern: Sequence[int], first: int, count: int) -> Numbers:
     if count <= MANY:
         rounds = -(-(start + count) // len(pattern))
         return (list(pattern) * rounds)[start : start + count]
-    return np.resize(np.roll(pattern, -start), count)
+    return np.asarray(pattern)[np.arange(start, start + count) % len(pattern)]
 
 
 def running_sums(start: float, values: Numbers) -> Numbers:

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[vs.Cluster, vs.Workload, dict[str, float], dict[str, list
             REPLICAS: [1, 2, 3, 4, 6, 8],
             SCHEDULER: SCHEDULERS,
         },
-        "cost_per_million_tokens",
+        "cost_per_hour",
     ),
     "70b_code_cost": (
         LARGE,
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[vs.Cluster, vs.Workload, dict[str, float], dict[str, list
             REPLICAS: [1, 2, 3, 4],
             SCHEDULER: SCHEDULERS[:3],
         },
-        "cost_per_million_tokens",
+        "cost_per_hour",
     ),
     "8b_limits_ttft": (
         SMALL,
@@ -130,7 +130,7 @@ CASES: dict[str, tuple[vs.Cluster, vs.Workload, dict[str, float], dict[str, list
             CHUNK: [256, 512, 1024, 2048, 4096],
             SEQS: [8, 32, 128, 256],
         },
-        "cost_per_million_tokens",
+        "cost_per_hour",
     ),
 }
 
@@ -168,7 +168,8 @@ class Counted:
             self.effort += sum(len(trials[number].observations) for number in there)
             meet = [number for number in there if trials[number].verdict == "meets"]
             if meet:
-                return min(meet, key=lambda number: (self.candidates.value(number), number))
+                value = self.candidates.value
+                return min(meet, key=lambda number: (value(number), trials[number].worst))
         return None
 
 
@@ -181,7 +182,7 @@ def asha(table: Counted, share: float, seed: int) -> list[int]:
     for number in numbers:
         trial, step = study.ask(), 0
         while True:
-            ((kind, value),) = table.ranks([number], min(1.0, share * ETA**step))
+            ((kind, value, *_),) = table.ranks([number], min(1.0, share * ETA**step))
             figure = min(value, 1e6) + 1e7 * kind
             trial.report(figure, ETA**step)
             if trial.should_prune():

@@ -167,7 +167,8 @@ class Candidates:
         value = {index: self.value(index) for index in fit}
         return sorted(
             (index for index in fit if math.isfinite(value[index])),
-            key=lambda index: (value[index], index),
+            # Of those that are equally good, the one that stays furthest from its limits.
+            key=lambda index: (value[index], self.trials[index].worst, index),
         )
 
     def value(self, index: int) -> float:
@@ -184,7 +185,7 @@ class Candidates:
             return 2, 0.0
         if trial.worst > 1:
             return 1, trial.worst
-        return 0, self._value(index, trial)
+        return 0, self._value(index, trial), trial.worst
 
     def _try(self, indices: Sequence[int], share: float, seeds: Sequence[int]) -> dict[int, Trial]:
         possible = [index for index in indices if index not in self.errors]

@@ -15,7 +15,14 @@ from vidur_simpy.search.runs import Run, replication_seeds, warn_of_nameless
 from vidur_simpy.search.scaling import is_random, mean_rate, with_rate
 from vidur_simpy.search.slo import Slo, read_slo
 from vidur_simpy.search.store import open_store
-from vidur_simpy.search.trials import Trial, check_effort, columns_of, raise_error, try_out
+from vidur_simpy.search.trials import (
+    Trial,
+    check_effort,
+    columns_of,
+    notes_of_length,
+    raise_error,
+    try_out,
+)
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
@@ -35,8 +42,6 @@ AT_ONCE = 0.05
 ALONE = 0.05
 # Rates are powers of two of the workload's own, of at most this exponent.
 MAX_EXPONENT = 40
-# A run is too short if the cluster completes this much less than what arrives.
-OVERLOADED = 0.8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -336,14 +341,7 @@ class _Walk:
         if answer == "no rate":
             return (*notes, _at_least(trial))
         if at_answer is not None:
-            if any(each.grows for each in trial.assessments):
-                notes.append("latencies still grow when a run ends: use more requests")
-            if trial.figure("arrival_share") < OVERLOADED:
-                throughput = digits(trial.figure("request_throughput"))
-                notes.append(
-                    f"runs are too short to overload the cluster, which completes {throughput} "
-                    "requests/s: use more requests"
-                )
+            notes += notes_of_length(trial)
         if self.low > -math.inf:
             at_low = self.trials[self.low].assessments
             notes += [note for each in at_low for note in each.ratio.notes]

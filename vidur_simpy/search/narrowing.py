@@ -10,9 +10,9 @@ from vidur_simpy.errors import ConfigError
 
 __all__ = ["Rank", "least_share", "proposed", "successive_halving"]
 
-Rank = tuple[int, float]
-"""How good a point looks, lower for better: 0 and its objective; 1 and how many times it exceeds
-an SLO that it misses; 2 where it cannot run."""
+Rank = tuple[float, ...]
+"""How good a point looks, lower for better: 0, its objective, and what else decides; 1 and how many
+times it exceeds an SLO that it misses; 2 and 0 where it cannot run."""
 
 Ranking = Callable[[list[int], float], list[Rank]]
 
@@ -198,9 +198,9 @@ def _study(seed: int) -> Any:
 
 def _tell(study: Any, trial: Any, rank: Rank | None) -> None:
     """Tell the sampler how good a proposal looks; no rank says that there is no such point."""
-    kind, value = rank or (2, 0.0)
+    kind, value, *_ = rank or (2, 0.0)
     if kind == 0 and not math.isfinite(value):
         kind = 2
-    violation = {0: -1.0, 1: math.log(min(max(value, 1.0), IMPOSSIBLE)), 2: math.log(IMPOSSIBLE)}
-    trial.set_constraint("slo", violation[kind])
+    violation = -1.0 if kind == 0 else math.log(min(max(value, 1.0), IMPOSSIBLE))
+    trial.set_constraint("slo", math.log(IMPOSSIBLE) if kind == 2 else violation)
     study.tell(trial, value if kind == 0 else 0.0)

@@ -15,11 +15,11 @@ from vidur_simpy.search.fronts import pareto
 from vidur_simpy.search.grid import Grid, Point, points_of
 from vidur_simpy.search.narrowing import NUM_FINALISTS, least_share, proposed, successive_halving
 from vidur_simpy.search.runs import Run, replication_seeds, warn_of_nameless
-from vidur_simpy.search.scaling import is_random
+from vidur_simpy.search.scaling import has_rate, is_random
 from vidur_simpy.search.search_plots import plot_front
 from vidur_simpy.search.slo import Slo, read_slo
 from vidur_simpy.search.store import open_store
-from vidur_simpy.search.trials import check_effort
+from vidur_simpy.search.trials import check_effort, notes_of_length
 from vidur_simpy.statistics.intervals import Interval
 from vidur_simpy.summary import LATENCIES, QUANTILES, digits
 
@@ -37,7 +37,7 @@ METHODS = ("auto", "grid", "halving", "optuna")
 
 # Columns of the table by which an objective may be called.
 OBJECTIVES = {
-    "cost": "cost_per_million_tokens",
+    "cost": "cost_per_hour",
     "energy": "kwh_per_million_tokens",
     "throughput": "output_token_throughput",
 }
@@ -190,9 +190,11 @@ def recommend(
     grid : mapping of str to iterable, or iterable of mappings
         As :func:`vidur_simpy.sweep` takes it.
     objective : str
-        ``"cost"`` (needs a price), ``"energy"``, ``"throughput"``, a latency such as
-        ``"ttft:p99"``, or another column of the table. Less is better, but more throughput,
-        utilisation, MFU, MBU or goodput.
+        ``"cost"``, the price of an hour, which is what traffic that goes on for ever costs;
+        ``"cost_per_million_tokens"``, for a job that ends, since the time until the last request
+        is done counts; ``"energy"``, ``"throughput"``, a latency such as ``"ttft:p99"``, or
+        another column of the table. Less is better, but more throughput, utilisation, MFU or MBU.
+        Of equally good ones the one that stays furthest from its limits is best.
     price_per_gpu_hour : float or mapping of str to float, optional
         One price, or one for each device of the grid by its name, in any currency.
     where : callable, optional
@@ -341,8 +343,11 @@ def _notes(
         notes.append("whether it meets the SLO cannot be told: use more requests or replications")
     if lead is None or runner_up is None:
         notes.append("no other configuration meets the SLO")
+    elif lead.low == lead.high == 0:
+        notes.append(f"as good as row {runner_up}, but further from its limits")
     elif lead.low > 0:
-        notes.append(f"surely better than row {runner_up}, by {lead.low:.3g} to {lead.high:.3g}")
+        upto = f" to {lead.high:.3g}" if lead.high > lead.low else ""
+        notes.append(f"surely better than row {runner_up}, by {lead.low:.3g}{upto}")
     else:
         notes.append(f"cannot be told from row {runner_up}: use more requests or replications")
     unclear = [index for index in candidates.with_verdict("cannot tell") if index != best]
@@ -350,14 +355,18 @@ def _notes(
     if better and candidates.trials[best].verdict == "meets":
         first = min(better, key=candidates.value)
         notes.append(f"row {first} would be better, if it met the SLO, which cannot be told")
-    return tuple(notes)
+    trial = candidates.trials[best]
+    if has_rate(candidates.points[best].workload):
+        notes += notes_of_length(trial)
+    notes += [note for each in trial.assessments for note in each.ratio.notes]
+    return tuple(dict.fromkeys(notes))
 
 
 def _column_of(objective: str) -> str:
     """Return the column that an objective names."""
     latencies = [f"{name}_{mark}" for name in (*LATENCIES, "itl") for mark in ("mean", *QUANTILES)]
     column = OBJECTIVES.get(objective, str(objective).replace(":", "_"))
-    known = [*OBJECTIVES, *OBJECTIVES.values(), "cost_per_hour", *latencies, *SCALARS]
+    known = [*OBJECTIVES, *OBJECTIVES.values(), "cost_per_million_tokens", *latencies, *SCALARS]
     if column not in known:
         raise unknown_name("objective", objective, known)
     return column

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ScaledArrivals",
+    "has_rate",
     "is_random",
     "mean_rate",
     "num_requests_of",
@@ -68,6 +69,14 @@ def mean_rate(workload: Workload | Trace, seed: int = 0) -> float:
             "another, such as Poisson(rate=1.0)."
         )
     return float(len(arrived_at) / arrived_at[-1])
+
+
+def has_rate(workload: Workload | Trace, seed: int = 0) -> bool:
+    """Return whether requests arrive one after another, rather than all at once."""
+    try:
+        return mean_rate(workload, seed) > 0
+    except ConfigError:
+        return False
 
 
 def with_rate(workload: Workload | Trace, rate: float, *, seed: int = 0) -> Workload | Trace:

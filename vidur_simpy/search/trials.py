@@ -16,6 +16,7 @@ from vidur_simpy.search.observations import Observation, observation_of
 from vidur_simpy.search.runs import Run, completed, outcomes_of, replication_seeds
 from vidur_simpy.search.slo import Assessment, Slo, Verdict, assess, combined_verdict
 from vidur_simpy.search.store import Store
+from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
     from vidur_simpy.cluster import Cluster
@@ -28,6 +29,7 @@ __all__ = [
     "columns_of",
     "confidence_of_a_look",
     "more_runs",
+    "notes_of_length",
     "outcomes",
     "raise_error",
     "replicate",
@@ -39,6 +41,8 @@ Value = TypeVar("Value")
 
 # Seeds are added in rounds that double, from this many on.
 FIRST_ROUND = 2
+# A run is too short if the cluster completes this much less than what arrives.
+OVERLOADED = 0.8
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,20 @@ def _assessed(observations: list[Observation], slo: Slo, confidence: float, erro
         for index, requirement in enumerate(slo.requirements)
     ]
     return Trial(observations, assessments)
+
+
+def notes_of_length(trial: Trial) -> list[str]:
+    """Return why runs may be too short to tell how a cluster does in the long run."""
+    notes = []
+    if any(each.grows for each in trial.assessments):
+        notes.append("latencies still grow when a run ends: use more requests")
+    if trial.figure("arrival_share") < OVERLOADED:
+        throughput = digits(trial.figure("request_throughput"))
+        notes.append(
+            f"runs are too short to overload the cluster, which completes {throughput} "
+            "requests/s: use more requests"
+        )
+    return notes
 
 
 def raise_error(trial: Trial, point: Point, seeds: Sequence[int]) -> NoReturn:
