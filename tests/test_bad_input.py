@@ -216,7 +216,10 @@ def test_numbers_are_finite_and_in_range(place, value):
         ("seed=one", "seed = 'one': expected an integer >= 0."),
         ("seed=true", "seed = True: expected an integer >= 0."),
         ("seed=[1]", "seed = [1]: expected an integer >= 0."),
-        ("record=5", "record = 5: expected some of batches, stages, events, tokens, operators, phases."),
+        (
+            "record=5",
+            "record = 5: expected some of batches, stages, events, tokens, operators, phases.",
+        ),
         ("until=0", "until = 0: expected an instant in seconds, after 0."),
         ("until=-2.5", "until = -2.5: expected an instant in seconds, after 0."),
         ("until=.nan", "until = nan: expected an instant in seconds, after 0."),

@@ -16,7 +16,8 @@ from pandas.testing import assert_frame_equal
 from vidur_simpy import plots, storage
 from vidur_simpy.columns import COLUMNS
 from vidur_simpy.errors import ConfigError, VidurError
-from vidur_simpy.result import NotAvailableError, Result, load_result
+from vidur_simpy.loading import load_result
+from vidur_simpy.result import NotAvailableError, Result
 
 NAN = float("nan")
 INFO = {"simulated_time": 11.0, "num_events": 42, "version": "0.1.0", "seed": 7}
@@ -615,7 +616,7 @@ def test_load_needs_no_simulator(tmp_path):
     code = f"""
 import matplotlib
 matplotlib.use("Agg")
-from vidur_simpy.result import load_result
+from vidur_simpy.loading import load_result
 result = load_result({str(tmp_path)!r})
 str(result), result.plot.gantt(), result.plot.cdf()
 """

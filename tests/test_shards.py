@@ -97,6 +97,7 @@ def test_a_golden_case_is_the_same_as_it_is(folder):
         assert same(in_shards(cluster, requests, 4, **options), single)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not VLLM_FOLDERS, reason="no golden vLLM cases here or beside the checkout")
 @pytest.mark.parametrize("record", [(), RECORDS])
 def test_golden_vllm_cases_are_the_same_in_shards(record):

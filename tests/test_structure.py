@@ -40,7 +40,7 @@ FLOORS = [
     ["processes", "cluster", "journal", "statistics", "exchange", "plots", "economics"],
     ["explanation"],
     ["config", "measurements", "result", "roster", "progress", "wiring"],
-    ["shards", "comparison", "state"],
+    ["shards", "comparison", "loading", "state"],
     ["simulation"],
     ["search", "calibration"],
     ["cli"],

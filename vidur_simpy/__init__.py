@@ -64,6 +64,7 @@ _SHELF = {
     "hardware": ["Device", "Model"],
     "kernel": ["Environment", "EventType"],
     "kv_cache": ["KVCache"],
+    "loading": ["load_records", "load_result", "load_vllm_bench"],
     "measurements": ["MeasuredIterations", "MeasuredRequests", "read_measurement"],
     "replica_scheduler": [
         "ContinuousBatching",
@@ -76,7 +77,7 @@ _SHELF = {
         "Vllm",
         "VllmV1",
     ],
-    "result": ["Result", "load_records", "load_result", "load_vllm_bench"],
+    "result": ["Result"],
     "search": [
         "Capacity",
         "Recommendation",
@@ -232,6 +233,7 @@ if TYPE_CHECKING:
     from vidur_simpy.hardware import Device, Model
     from vidur_simpy.kernel import Environment, EventType
     from vidur_simpy.kv_cache import KVCache
+    from vidur_simpy.loading import load_records, load_result, load_vllm_bench
     from vidur_simpy.measurements import MeasuredIterations, MeasuredRequests, read_measurement
     from vidur_simpy.replica_scheduler import (
         ContinuousBatching,
@@ -244,7 +246,7 @@ if TYPE_CHECKING:
         Vllm,
         VllmV1,
     )
-    from vidur_simpy.result import Result, load_records, load_result, load_vllm_bench
+    from vidur_simpy.result import Result
     from vidur_simpy.search import (
         Capacity,
         Recommendation,

@@ -17,10 +17,8 @@ from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 from vidur_simpy.exchange.exports import Exports
 from vidur_simpy.explanation import Explanations
 from vidur_simpy.frames import frame
-from vidur_simpy.record_columns import read_records, recorded_columns_of
-from vidur_simpy.request_log import request_columns
 from vidur_simpy.statistics.estimates import interval
-from vidur_simpy.storage import read_result, write_result
+from vidur_simpy.storage import write_result
 from vidur_simpy.summary import (
     as_html,
     as_text,
@@ -30,6 +28,7 @@ from vidur_simpy.summary import (
     latencies,
     num_output_tokens,
     ratio,
+    with_latencies,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ __all__ = [
     "NotAvailableError",
     "Plot",
     "Result",
-    "load_records",
-    "load_result",
-    "load_vllm_bench",
 ]
 
 ALWAYS_RECORDED = ("requests", "replicas", "timeline")
@@ -390,7 +386,7 @@ class Result(Exports, Economics, Explanations):
                     else f"{name} were not recorded; pass record=({name!r},) to simulate."
                 )
             made = frame(name, self._columns[name])
-            self._frames[name] = _with_latencies(made) if name == "requests" else made
+            self._frames[name] = with_latencies(made) if name == "requests" else made
             self._columns[name] = {}  # the DataFrame replaces the columns
         return self._frames[name]
 
@@ -417,98 +413,6 @@ class Plot:
             return MethodType(getattr(plots, name), self._result)
         # An AttributeError, which is what copying and display hooks expect of a missing name.
         raise NotAvailableError(str(unknown_name("plot", name, plots.__all__)))
-
-
-def load_result(directory: str | os.PathLike[str]) -> Result:
-    """Return a result that `Result.save` wrote; needs no simulator.
-
-    Parameters
-    ----------
-    directory : path
-        As it was given to `Result.save`.
-
-    Raises
-    ------
-    VidurError
-        If there is no saved result, or it is damaged; the message names the file.
-    """
-    tables, config, info = read_result(directory)
-    return Result(tables, config=config, info=info)
-
-
-def load_records(directory: str | os.PathLike[str], table: str) -> pd.DataFrame:
-    """Return a table of a run with ``record_to=directory``, also of one that was killed.
-
-    Parameters
-    ----------
-    directory : path
-    table : str
-        ``"requests"`` or a table that was recorded. Of a killed run, its first rows: all but at
-        most the last 4,096 that were complete; of the requests, those that were done first.
-
-    Raises
-    ------
-    VidurError
-        If there are no such records, or they are damaged; the message names the file.
-    """
-    parts = read_records(directory, table)
-    if table == "requests":
-        return _with_latencies(frame(table, request_columns(parts)))
-    return frame(table, recorded_columns_of(table, parts))
-
-
-def load_vllm_bench(path: str | os.PathLike[str]) -> Result:
-    """Return what ``vllm bench serve`` measured as a result, to draw and compare like any other.
-
-    Parameters
-    ----------
-    path : path
-        What the tool saved with ``--save-result --save-detailed``, or `Result.to_vllm_bench`.
-
-    Returns
-    -------
-    Result
-        With the table ``tokens`` where the file has the times between tokens. The server is
-        replica 0, its clock starts with the first request; ``scheduled_at`` is NaN unless the
-        server said how long requests waited, failed requests are refused ones. The file's other
-        entries, such as ``duration`` in seconds, are ``info["benchmark"]``.
-
-    Raises
-    ------
-    TraceError
-        If there is no such file, it is no such result, or has no list per request.
-
-    Notes
-    -----
-    ``makespan``, and with it each throughput, is from the first arrival to the last completion;
-    the tool's ``duration`` may begin earlier.
-    """
-    from vidur_simpy.exchange.vllm_bench import read_vllm_bench
-
-    bench = read_vllm_bench(path)
-    tables = bench.tables()
-    end = tables["requests"]["completed_at"]
-    info = {
-        "simulated_time": float(np.nanmax(end, initial=0.0)),
-        "measured_by": "vllm bench serve",
-        "benchmark": bench.summary,
-    }
-    return Result(tables, config=None, info=info)
-
-
-def _with_latencies(requests: pd.DataFrame) -> pd.DataFrame:
-    """Add the derived columns where `columns.COLUMNS` has them."""
-    ttft = requests["first_token_at"] - requests["arrived_at"]
-    e2e = requests["completed_at"] - requests["arrived_at"]
-    num_later_tokens = num_output_tokens(requests) - 1
-    made = requests.assign(
-        ttft=ttft,
-        tpot=(e2e - ttft) / num_later_tokens.where(num_later_tokens > 0),
-        e2e=e2e,
-        scheduling_delay=requests["scheduled_at"] - requests["arrived_at"],
-    )
-    known = [name for name in COLUMNS["requests"] if name in made]
-    return made[known + [name for name in made if name not in known]]
 
 
 def _limit(name: str, value: float) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vidur_simpy.columns import COLUMNS
+
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
@@ -28,6 +30,7 @@ __all__ = [
     "num_output_tokens",
     "ratio",
     "weighted_quantiles",
+    "with_latencies",
 ]
 
 LATENCIES = ("ttft", "tpot", "e2e", "scheduling_delay")
@@ -92,6 +95,21 @@ def figures(result: Result) -> dict[str, float]:
 def num_output_tokens(requests: pd.DataFrame) -> pd.Series[int]:
     """Return the output tokens of completed requests, some of which may have ended early."""
     return requests.get("num_output_tokens", requests["num_decode_tokens"])
+
+
+def with_latencies(requests: pd.DataFrame) -> pd.DataFrame:
+    """Add the derived columns to a table of requests, where `columns.COLUMNS` has them."""
+    ttft = requests["first_token_at"] - requests["arrived_at"]
+    e2e = requests["completed_at"] - requests["arrived_at"]
+    num_later_tokens = num_output_tokens(requests) - 1
+    made = requests.assign(
+        ttft=ttft,
+        tpot=(e2e - ttft) / num_later_tokens.where(num_later_tokens > 0),
+        e2e=e2e,
+        scheduling_delay=requests["scheduled_at"] - requests["arrived_at"],
+    )
+    known = [name for name in COLUMNS["requests"] if name in made]
+    return made[known + [name for name in made if name not in known]]
 
 
 def ratio(count: float, total: float) -> float:

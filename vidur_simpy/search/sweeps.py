@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,8 @@ def sweep(
         with joblib.parallel_config(backend="loky", n_jobs=2):  # or "dask", or "ray"
             vs.sweep(cluster, workload, {"cluster.num_replicas": [1, 2, 4]})
 
-    A run that fails is a row with its error. One ctrl-C ends the sweep.
+    Dask takes a ``distributed.Client`` before that, and Ray ``ray.util.joblib.register_ray()``. A
+    run that fails is a row with its error. One ctrl-C ends the sweep.
 
     Parameters
     ----------
@@ -201,31 +202,27 @@ def sweep(
     _check(cluster, workload, seed, event_order, until, record, slo)
     points = points_of(cluster, workload, grid)
     seeds = replication_seeds(seed, replications)
+    run = Run(
+        cluster,
+        workload,
+        event_order=event_order,
+        until=until,
+        record=(record,) if isinstance(record, str) else tuple(record),
+        slo=dict(slo or {}),
+        metrics=metrics,
+    )
     runs = [
-        Run(
-            point.cluster,
-            point.workload,
-            seed=each,
-            event_order=event_order,
-            until=until,
-            record=(record,) if isinstance(record, str) else tuple(record),
-            slo=dict(slo or {}),
-            metrics=metrics,
-        )
+        replace(run, cluster=point.cluster, workload=point.workload, seed=each)
         for point in points
         for each in seeds
     ]
-    is_made = [point.error is None for point in points for _ in seeds]
-    possible = [run for run, is_one in zip(runs, is_made, strict=True) if is_one]
+    errors = [point.error for point in points for _ in seeds]
+    possible = [run for run, error in zip(runs, errors, strict=True) if error is None]
     kept_in = None if store is None else open_store(store)
     if kept_in is not None:
         warn_of_nameless(possible)
     done = iter(run_all(possible, store=kept_in, jobs=jobs, progress=progress))
-    outcomes = [
-        next(done) if point.error is None else Outcome({}, _told(point.error))
-        for point in points
-        for _ in seeds
-    ]
+    outcomes = [next(done) if error is None else _failed(error) for error in errors]
     num_reused = sum(outcome.is_reused for outcome in outcomes)
     return Sweep(_table(points, seeds, outcomes), points, runs, num_reused)
 
@@ -254,8 +251,8 @@ def _check(
         raise ConfigError('slo itl needs record=("tokens",).')
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failed(error: Exception) -> Outcome:
+    return Outcome({}, f"{type(error).__name__}: {error}")
 
 
 def _table(points: list[Point], seeds: list[int], outcomes: list[Outcome]) -> pd.DataFrame:
