@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Mapping[str, Sequence[object] | NDArray[np.generic] | pd.Series] | pd.DataFrame
     )
 
-__all__ = ["frame", "series"]
+__all__ = ["column", "frame"]
 
 # Types of the contract's columns that are neither times (float64) nor counts (int64).
 _KINDS = {
@@ -70,7 +70,7 @@ def frame(table: str, columns: Columns) -> pd.DataFrame:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise VidurError(f"table {table!r}: expected columns of one length, given {listed}.")
     return pd.DataFrame(
-        {name: series(_kind(table, name, columns[name]), columns[name]) for name in order}
+        {name: column(_kind(table, name, columns[name]), columns[name]) for name in order}
     )
 
 
@@ -103,19 +103,19 @@ def _suggested_kind(name: str, values: Any) -> str:
     return "list" if isinstance(first, list | tuple | np.ndarray) else "str"
 
 
-def series(kind: str, values: Any) -> pd.Series[Any]:
-    """Return a column of a type: int64, Int64, float64, bool, str or list (of integers)."""
+def column(kind: str, values: Any) -> Any:
+    """Return an array of a type: int64, Int64, float64, bool, str or list (of integers)."""
     import pandas as pd
 
     if kind == "list":
-        return pd.Series([_integers(row) for row in values], dtype=object)
+        return pd.Series([_integers(row) for row in values], dtype=object).array
     if kind == "str":
-        return pd.Series([_text(value) for value in values], dtype=str)
+        return pd.Series([_text(value) for value in values], dtype=str).array
     if kind == "Int64":
         array: Any = pd.array(values, dtype="Int64")
         array[(array < 0).fillna(False)] = pd.NA
-        return pd.Series(array)
-    return pd.Series(np.asarray(values, dtype=kind))
+        return array
+    return np.asarray(values, dtype=kind)
 
 
 def _integers(row: Any) -> list[int]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
-from vidur_simpy.frames import frame, series
+from vidur_simpy.frames import column, frame
 from vidur_simpy.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def _read_table(path: Path, table: str, content: Mapping[str, Any]) -> pd.DataFr
                 f"expected {content['rows']} rows of {len(kinds)} columns, found "
                 f"{len(table_read)} rows of {len(table_read.columns)}"
             )
-        return frame(table, {name: series(kind, table_read[name]) for name, kind in kinds.items()})
+        return frame(table, {name: column(kind, table_read[name]) for name, kind in kinds.items()})
     except ConfigError:  # which is a ValueError: what reads Parquet is not installed
         raise
     except _DAMAGE as error:
