@@ -85,6 +85,7 @@ def _loop(
     Until `horizon` the lane that was sent the present instant may go on by itself.
     """
     replicas = router.replicas
+    longest_prompt, longest = _admitted_lengths(replicas[0])
     # When the batch under way of each replica ends; in the heap those that have one. An entry of
     # the heap is void when a run was cut, since its replica has an earlier one then.
     ends = [inf] * len(replicas)
@@ -120,7 +121,12 @@ def _loop(
                 to_form.append(index)
         while upcoming is not None and upcoming.arrived_at == now:
             request, upcoming = upcoming, next(requests, None)
-            if not router.admits(request):
+            is_short = (
+                request.num_prefill_tokens <= longest_prompt and request.num_tokens <= longest
+            )
+            if is_short:
+                router.num_received += 1
+            elif not router.admits(request):
                 continue
             replica = router.choose(request)
             index = replica.replica_id
@@ -139,6 +145,19 @@ def _loop(
             if ends_at != inf:
                 heappush(heap, (ends_at, index))
     return _with(upcoming, requests)
+
+
+def _admitted_lengths(replica: Replica) -> tuple[int, int]:
+    """Return up to which prompt and up to which length a request is not refused, in tokens.
+
+    Of longer ones the router knows, and says why.
+    """
+    pool, scheduler = replica.pool, replica.scheduler
+    prompt = (pool.num_blocks - pool.num_watermark_blocks) * pool.block_size
+    if isinstance(scheduler, VllmScheduler):
+        prompt = min(prompt, scheduler.max_num_batched_tokens)
+    assert isinstance(scheduler, SarathiScheduler | VllmScheduler)
+    return prompt, min(scheduler.resources.max_model_len, pool.num_blocks * pool.block_size + 1)
 
 
 def _with(upcoming: Request | None, requests: Iterator[Request]) -> Iterator[Request]:
