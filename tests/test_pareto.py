@@ -132,6 +132,24 @@ def test_of_equally_cheap_ones_the_one_with_most_room_is_recommended(cluster, wo
     assert "as good as row 2, but further from its limits" in found.notes
 
 
+def test_what_is_known_without_a_run_is_sure(cluster, workload):
+    """One run leaves no interval of a figure, but a price has none."""
+    grid = {"cluster.num_replicas": [3, 4]}
+    options = {"price_per_gpu_hour": 1.5, "max_replications": 1}
+    found = vs.recommend(cluster, workload, {"ttft:p50": 0.2}, grid, **options)
+    assert (found.lead.low, found.lead.high) == (1.5, 1.5)
+    assert "surely better than row 1, by 1.5" in found.notes
+
+
+def test_short_runs_are_told(cluster):
+    """Requests that wait for most of the run say little about traffic that goes on."""
+    workload = vs.Workload(vs.Poisson(300.0), vs.FixedLengths(512, 100), num_requests=150)
+    found = vs.recommend(
+        cluster, workload, {"e2e:p50": 30.0}, [{}], price_per_gpu_hour=1.0, max_replications=1
+    )
+    assert any("runs are too short to overload" in note for note in found.notes)
+
+
 def test_a_job_that_ends_pays_until_its_last_request_is_done(cluster):
     """All at once: twice the replicas for half the time cost an hour twice, the job the same."""
     job = vs.Workload(vs.AllAtOnce(), vs.FixedLengths(512, 16), num_requests=2000)
@@ -225,6 +243,7 @@ def test_what_does_not_fit_is_a_row_with_its_error(workload):
         ),
         ({"objective": "throughput", "confidence": 95}, r"recommend\(\): confidence = 95"),
         ({"objective": "throughput", "where": lambda cluster: False}, "none of the 2 config"),
+        ({"objective": "throughput", "where": 16}, "where = 16: expected a function"),
     ],
 )
 def test_bad_arguments_are_told(cluster, workload, arguments, message):

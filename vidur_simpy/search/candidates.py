@@ -33,6 +33,8 @@ __all__ = ["Candidates"]
 
 # Words in the names of figures of which more is better.
 GAINS = ("throughput", "utilisation", "mfu", "mbu", "goodput")
+# Figures that are known without a run.
+FIXED = ("cost_per_hour", "num_devices")
 
 
 @dataclass
@@ -129,7 +131,11 @@ class Candidates:
         values = [self._values(index) for index in (best, runner_up)]
         count = min(map(len, values))
         differences = self._sign * (values[1][:count] - values[0][:count])
-        lead = mean_interval(differences, confidence=self.confidence, is_correlated=False)
+        if self.column in FIXED:
+            difference = float(differences[0])
+            lead = Interval(difference, difference, difference, self.confidence, 1, 1.0)
+        else:
+            lead = mean_interval(differences, confidence=self.confidence, is_correlated=False)
         return best, runner_up, lead
 
     def with_verdict(self, verdict: Verdict) -> list[int]:

@@ -56,7 +56,9 @@ def successive_halving(candidates: Sequence[int], rank: Ranking, *, share: float
     Notes
     -----
     Jamieson and Talwalkar (2016), Non-stochastic best arm identification and hyperparameter
-    optimization.
+    optimization. Optuna's own ``SuccessiveHalvingPruner`` decides about one candidate at a time, as
+    they come, so that what it finds depends on their order and on the number of workers; it also
+    missed the best more often (``tests/benchmarks/large_grids.py``).
 
     Examples
     --------

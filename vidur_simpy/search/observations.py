@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vidur_simpy.errors import ConfigError
+from vidur_simpy.power import mean_power_w
 from vidur_simpy.search.slo import Slo, ratios
-from vidur_simpy.summary import LATENCIES, num_output_tokens
+from vidur_simpy.summary import LATENCIES, num_output_tokens, ratio
 
 if TYPE_CHECKING:
     from vidur_simpy.result import Result
@@ -67,21 +66,38 @@ def values_of(result: Result) -> dict[str, float | NDArray[np.float64]]:
         tokens = result.tokens.sort_values("time", kind="stable")
         gaps = tokens["inter_token_latency"].to_numpy(np.float64)
         values["itl"] = np.repeat(gaps, tokens["num_tokens"].to_numpy(np.int64))
-    first, last = requests["arrived_at"].min(), requests["arrived_at"].max()
-    end = requests["completed_at"].max()
-    return values | {
-        "gpu_hours_per_million_tokens": float(result.cost(1.0)["cost_per_million_tokens"]),
-        "kwh_per_million_tokens": _energy(result),
-        "mean_in_system": float(requests["e2e"].sum()) / max(last - first, 1e-12),
-        "arrival_share": float((last - first) / max(end - first, 1e-12)),
+    arrived_at = requests["arrived_at"].to_numpy(np.float64)
+    arriving = float(arrived_at.max() - arrived_at.min())
+    e2e = np.where(is_completed, requests["e2e"].to_numpy(np.float64), 0.0)
+    end = float(requests["completed_at"].max() - arrived_at.min())
+    return (
+        values
+        | _per_million_tokens(result)
+        | {
+            "mean_in_system": float(e2e.sum()) / max(arriving, 1e-12),
+            "arrival_share": arriving / max(end, 1e-12),
+        }
+    )
+
+
+def _per_million_tokens(result: Result) -> dict[str, float]:
+    """Return what tokens take, as `Result.cost` and `Result.energy` do, but in a tenth of the time.
+
+    A sweep with a store asks after each of its runs.
+    """
+    columns = ("num_devices", "tdp_w", "utilisation", "mfu", "mbu")
+    rows = list(zip(*(result.replicas[name].tolist() for name in columns), strict=True))
+    num_devices = sum(row[0] for row in rows)
+    watts = sum(
+        number * mean_power_w(peak, utilisation=utilisation, mfu=mfu, mbu=mbu)
+        for number, peak, utilisation, mfu, mbu in rows
+    )
+    tokens = result.figures["total_token_throughput"] * result.figures["makespan"]
+    hours = float(result.info["simulated_time"]) / 3600
+    return {
+        "gpu_hours_per_million_tokens": ratio(1e6 * hours * num_devices, tokens),
+        "kwh_per_million_tokens": ratio(1e6 * hours * watts / 1000, tokens),
     }
-
-
-def _energy(result: Result) -> float:
-    try:
-        return float(result.energy()["kwh_per_million_tokens"])
-    except ConfigError:  # the data sheet does not say
-        return math.nan
 
 
 def observation_of(

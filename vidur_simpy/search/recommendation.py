@@ -223,10 +223,11 @@ def recommend(
 
     Notes
     -----
-    On five grids of 140 to 216 configurations, halving found what running all of them in full
-    finds, with 9 to 23 % of the effort. Optuna's own pruner of that kind took a quarter to a half
-    more, its sampler alone with as much effort as halving often missed the best
-    (``tests/benchmarks/large_grids.py``).
+    Measured by ``tests/benchmarks/large_grids.py``, with ten seeds each. On five grids of 140 to
+    216 configurations, halving found the best of all five, with 17 % of the effort of running all
+    in full; halving 64 that Optuna proposes found it 49 times of 50, with 11 %; Optuna's own pruner
+    by successive halving 48 times, with 18 %; its sampler with full runs 48 times, with 20 %. On
+    one of 3,840, halving took 14 %, and 256 proposals took 1.4 % and found one as good each time.
 
     Examples
     --------
@@ -298,6 +299,8 @@ def recommend(
 def _where(points: list[Point], where: Callable[[Cluster], bool] | None) -> list[Point]:
     if where is None:
         return points
+    if not callable(where):
+        raise ConfigError(f"recommend(): where = {where!r}: expected a function of a cluster.")
     kept = [point for point in points if point.error is not None or where(point.cluster)]
     if all(point.error is not None for point in kept):
         raise ConfigError(

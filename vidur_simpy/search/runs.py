@@ -113,12 +113,15 @@ class Outcome:
         See `vidur_simpy.search.observations.values_of`; empty if nobody needs them.
     is_reused : bool
         Whether it was taken from a store.
+    is_kept : bool
+        Whether whoever made it has seen to the store.
     """
 
     figures: dict[str, float]
     error: str = ""
     values: Values = field(default_factory=dict, compare=False, repr=False)
     is_reused: bool = field(default=False, compare=False)
+    is_kept: bool = field(default=False, compare=False, repr=False)
 
 
 def run_all(
@@ -182,7 +185,9 @@ def outcomes_of(
             numbers = list(pending)
             for position, outcome in completed(function, list(pending.values()), jobs):
                 if outcome is not None:
-                    pending.pop(numbers[position]).keep(outcome)
+                    job = pending.pop(numbers[position])
+                    if not outcome.is_kept:
+                        job.keep(outcome)
                     bar.update()
                     yield numbers[position], outcome
 
@@ -252,7 +257,7 @@ class _Job:
 
 
 def _reused(entry: Entry) -> Outcome:
-    return Outcome(entry.figures, values=entry.values, is_reused=True)
+    return Outcome(entry.figures, values=entry.values, is_reused=True, is_kept=True)
 
 
 def _stored(job: _Job) -> Entry | None:
@@ -310,7 +315,8 @@ def _run_claimed(job: _Job, *, wait: bool) -> Outcome | None:
             return _reused(entry)
         outcome = job.outcome()
         job.keep(outcome)
-        return outcome
+        values = outcome.values if job.needs_values else {}
+        return replace(outcome, values=values, is_kept=True)
 
 
 def figures_of(
