@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import vidur_simpy as vs
+from vidur_simpy.search import runs
 
 SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
@@ -53,3 +55,17 @@ def make_cluster() -> Callable[..., vs.Cluster]:
 def cluster(make_cluster: Callable[..., vs.Cluster]) -> vs.Cluster:
     """One replica of one stage, on which every batch takes one second."""
     return make_cluster()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of the runs of a search that are made in this process."""
+    seeds: list[int] = []
+    simulate = runs.simulate
+
+    def noted(*args: Any, **kwargs: Any) -> vs.Result:
+        seeds.append(kwargs["seed"])
+        return simulate(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "simulate", noted)
+    return seeds

@@ -286,20 +286,6 @@ def test_bad_settings_are_told(batching, settings, message):
 # A store
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The seeds of the runs that are made in this process."""
-    seeds = []
-    simulate = runs.simulate
-
-    def noted(*args, **kwargs):
-        seeds.append(kwargs["seed"])
-        return simulate(*args, **kwargs)
-
-    monkeypatch.setattr(runs, "simulate", noted)
-    return seeds
-
-
 LIMITS = {"ttft:p90": 0.05}
 FEW = {"max_replications": 2, "tolerance": 0.2}
 

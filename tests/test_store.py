@@ -20,7 +20,7 @@ from joblib.externals.loky import reusable_executor
 from sweep_script import NUM_RUNS, small_sweep
 
 import vidur_simpy as vs
-from vidur_simpy.search import Run, open_store, run_all, runs
+from vidur_simpy.search import Run, open_store, run_all
 from vidur_simpy.search.store import DamagedEntryError, key_of
 
 SCRIPT = Path(__file__).with_name("sweep_script.py")
@@ -30,20 +30,6 @@ SCRIPT = Path(__file__).with_name("sweep_script.py")
 def expected():
     """The table of a sweep that keeps nothing."""
     return small_sweep().table
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The seeds of the runs that are made in this process."""
-    seeds = []
-    simulate = runs.simulate
-
-    def noted(*args, **kwargs):
-        seeds.append(kwargs["seed"])
-        return simulate(*args, **kwargs)
-
-    monkeypatch.setattr(runs, "simulate", noted)
-    return seeds
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 
 from vidur_simpy import plots
 from vidur_simpy.errors import ConfigError, unknown_name
-from vidur_simpy.plots.drawing import ABOVE, COLOURS, make_axes, say_empty, unit_of
+from vidur_simpy.plots.drawing import ABOVE, COLOURS, as_label, make_axes, say_empty, unit_of
 from vidur_simpy.result import NotAvailableError, Result
 from vidur_simpy.statistics.differences import Pair, judge, why_not_paired
 from vidur_simpy.statistics.resampling import MIN_BLOCKS
@@ -274,7 +274,7 @@ class ComparisonPlot:
                 ax,
                 complementary=complementary,
                 log=log,
-                label=_as_label(name),
+                label=as_label(name),
             )
         handles = [line for line in ax.lines if line.get_gid() == "cdf"]
         if handles:
@@ -302,7 +302,7 @@ class ComparisonPlot:
         ax.axvline(0, color="0.3", linewidth=0.8)
         ax.set_yticks(list(places.values()), list(places))
         ax.set_ylim(len(places) - 0.5, -0.5)
-        ax.set_xlabel(f"difference from {_as_label(self._comparison.baseline)} (%)")
+        ax.set_xlabel(f"difference from {as_label(self._comparison.baseline)} (%)")
         ax.set_title("Differences, filled where they are real", pad=26)
         ax.legend(**ABOVE, ncols=min(4, len(others)))
         if (table["relative"].abs() > FAR).any():
@@ -372,12 +372,7 @@ def _draw_differences(
     is_real = rows["is_real"].to_numpy()
     for chosen, face in ((is_real, colour), (~is_real, "white")):
         ax.plot(relative[chosen], place[chosen], marker, color=colour, markerfacecolor=face)
-    ax.plot([], [], marker, color=colour, label=_as_label(name))
-
-
-def _as_label(name: str) -> str:
-    r"""Return a name that a figure shows as it is: no formula in \$, no hidden label."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    ax.plot([], [], marker, color=colour, label=as_label(name))
 
 
 def _plain(value: float) -> str:

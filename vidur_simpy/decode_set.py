@@ -180,10 +180,6 @@ class DecodeSet(SharedSteps):
         """Take a member out before its last token."""
         bucket = request._joined_at_iteration + request.num_tokens - request._processed
         self._finishing[bucket].remove(request)
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        """Settle what the set kept for the member: its tokens, blocks and times."""
         phase = 1 - request._processed + request._joined_at_iteration
         self._block_phases[phase % self.block_size] -= 1
         del self.members[request]
@@ -217,9 +213,9 @@ class DecodeSet(SharedSteps):
         self.num_processed_tokens += len(self.members)
         self.execution_time += execution_time
         self.last_end = now
-        return self.finish() if self.iteration in self._finishing else ()
+        return self._finish() if self.iteration in self._finishing else ()
 
-    def finish(self) -> list[Request]:
+    def _finish(self) -> list[Request]:
         """Take out the members that have their last token; there are some."""
         iteration, block_size = self.iteration, self.block_size
         finished = self._finishing.pop(iteration)

@@ -164,8 +164,7 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         """Output tokens it got so far; at the end `num_decode_tokens`, unless it ended early."""
-        processed = self._processed if self.decode_set is None else self.num_processed_tokens
-        return max(processed, self.prefill_target) - self.num_prefill_tokens
+        return max(self.num_processed_tokens, self.prefill_target) - self.num_prefill_tokens
 
     def start_prefill(self, num_cached_tokens: int) -> None:
         """Begin a prefill behind the `num_cached_tokens` that the prefix cache has."""

@@ -149,17 +149,12 @@ class FastStage:
     def _go_on(self, batch: Batch) -> None:
         """End a batch, form the next, and so on until something else is due before its end."""
         env, stage, replica = self._env, self._stage, self._replica
-        queue = env._queue
         while True:
             now = env._now
             stage.note_end(batch, self._duration, now)
             replica.end_first_stage(batch)
-            if queue and queue[0][0] <= now:
-                replica.batch_end.raise_now(batch)
-                replica.schedule.raise_now()
-                return
             replica.end_batch(batch, now)
-            if (queue and queue[0][0] <= now) or not replica.may_form:
+            if not (env.is_alone_at(now) and replica.may_form):
                 replica.wake(2)
                 return
             next_batch = replica.next_batch(now, 2)
@@ -168,7 +163,7 @@ class FastStage:
             batch = next_batch
             replica.pool.validate()
             ends_at = self._begin(batch, now)
-            if (queue and queue[0][0] <= ends_at) or env.is_interrupted:
+            if env.is_interrupted or not env.is_alone_at(ends_at):
                 replica.hold_first_stage()
                 self._wait_for_end(batch, ends_at)
                 return

@@ -125,7 +125,7 @@ class Environment(simpy.Environment):
             event.signal.let_go(event)
 
     def is_alone_at(self, instant: float) -> bool:
-        """Whether nothing is queued for this instant any more."""
+        """Whether nothing is queued up to this instant."""
         return not self._queue or self._queue[0][0] > instant
 
     def peek(self) -> float:

@@ -1,4 +1,4 @@
-"""How fast the two engines are: default (in place, runs of iterations) and seven events.
+"""How fast the two engines are: default (plain loop, in place, runs) and seven events.
 
 Run it by hand::
 
