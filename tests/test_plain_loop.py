@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -13,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vidur_simpy as vs
-from vidur_simpy import plain_loop
+from vidur_simpy.metrics import Timeline
+from vidur_simpy.plain_loop import loop as plain_loop
 
 SCHEDULERS: dict[str, Any] = {
     "vllm": vs.Vllm(max_num_seqs=5, max_num_batched_tokens=200),
@@ -86,43 +89,53 @@ def test_the_loop_equals_the_processes(
     assert_equal(vs.simulate(cluster, Given(rows), seed=1), by_processes(cluster, rows))
 
 
-class Interrupting(Given):
-    """A workload during whose arrivals somebody presses ctrl-C."""
+@contextmanager
+def ctrl_c_at(instant: float) -> Iterator[None]:
+    """Press ctrl-C once, at the first formation of a batch that is sampled from an instant on."""
+    sample, is_pressed = Timeline.sample, False
 
-    def requests(self, *streams: Any) -> Any:
-        """Return the table, whose requests raise the signal on the way."""
-        table = super().requests(*streams)
-        whole = list(table.iterate())
+    def sample_and_press(self: Timeline, now: float, *levels: Any) -> None:
+        nonlocal is_pressed
+        sample(self, now, *levels)
+        if now >= instant and not is_pressed:
+            is_pressed = True
+            signal.raise_signal(signal.SIGINT)
 
-        def iterate() -> Any:
-            for request in whole:
-                if request.request_id in (9, 15):
-                    signal.raise_signal(signal.SIGINT)
-                yield request
-
-        object.__setattr__(table, "iterate", iterate)
-        return table
+    with mock.patch.object(Timeline, "sample", sample_and_press):
+        yield
 
 
-@pytest.mark.parametrize("execution_time", sorted(EXECUTION_TIMES))
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
-def test_ctrl_c_leaves_the_rest_to_the_processes(scheduler: str, execution_time: str) -> None:
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    cluster=clusters(),
+    rows=rows(),
+    instants=st.lists(st.floats(0.0, 20.0), min_size=1, max_size=3),
+)
+def test_ctrl_c_leaves_the_rest_to_the_processes(
+    cluster: vs.Cluster, rows: list[tuple[float, int, int]], instants: list[float]
+) -> None:
     """It stops between two instants with all that was computed, and goes on to the same end."""
+    sim = vs.Simulation(cluster, Given(rows), seed=1)
+    for instant in sorted(instants):
+        with ctrl_c_at(instant), suppress(KeyboardInterrupt):
+            sim.run()
+        held = sum(replica.num_outstanding for replica in sim.replicas)
+        seen = sim.result().requests
+        is_done = seen.completed_at.notna() | (seen.get("refusal", "") != "")
+        assert len(seen) == held + len(sim.router.queue) + int(is_done.sum())
+    sim.run()
+    assert_equal(sim.result(), by_processes(cluster, rows))
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_ctrl_c_ends_the_loop_soon(scheduler: str) -> None:
+    """In the middle of a run of iterations, too, whose rest is left as one batch under way."""
+    settings = cluster(num_replicas=2, replica_scheduler=SCHEDULERS[scheduler])
     rows = [(0.3 * index, 10 * index + 1, 40) for index in range(20)]
-    settings = cluster(
-        num_replicas=2,
-        replica_scheduler=SCHEDULERS[scheduler],
-        execution_time=EXECUTION_TIMES[execution_time],
-    )
-    sim = vs.Simulation(settings, Interrupting(rows), seed=1)
-    with pytest.raises(KeyboardInterrupt):
+    sim = vs.Simulation(settings, Given(rows), seed=1)
+    with ctrl_c_at(2.0), pytest.raises(KeyboardInterrupt):
         sim.run()
-    assert 0 < sim.env.now <= 0.3 * 9
-    held = sum(replica.num_outstanding for replica in sim.replicas)
-    seen = sim.result().requests
-    assert len(seen) == held + int(seen.completed_at.notna().sum())
-    with pytest.raises(KeyboardInterrupt):
-        sim.run()
+    assert 2.0 <= sim.env.now < 2.5
     sim.run()
     assert_equal(sim.result(), by_processes(settings, rows))
 

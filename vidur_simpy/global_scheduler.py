@@ -46,9 +46,6 @@ class ReplicaState(Protocol):
         ...
 
 
-_num_outstanding = attrgetter("num_outstanding")
-_num_waiting = attrgetter("num_waiting")
-
 Replica = TypeVar("Replica", bound=ReplicaState)
 Route = Callable[[Request, Sequence[Replica]], Replica]
 
@@ -61,10 +58,34 @@ class GlobalScheduler(Protocol):
         ...
 
 
+# What routers that are no mystery say of themselves, as attributes of the function:
+#
+# `only_counts_requests`: it looks at no more of a replica than :class:`ReplicaState` says;
+# `ignores_requests`: nor at the request, nor at the state of any replica;
+# `fewest`: it takes the first replica with the least of this count.
+
+
 def _only_counting(route: Route[ReplicaState]) -> Route[ReplicaState]:
     """Mark a router that looks at no more than :class:`ReplicaState` says."""
     route.only_counts_requests = True  # type: ignore[attr-defined]
     return route
+
+
+def _ignoring(route: Route[ReplicaState]) -> Route[ReplicaState]:
+    """Mark a router that looks at nothing."""
+    route.ignores_requests = True  # type: ignore[attr-defined]
+    return _only_counting(route)
+
+
+def _to_the_fewest(count: str) -> Route[ReplicaState]:
+    """Return the router to the replica with the least of a count; its `fewest` says of which."""
+    count_of = attrgetter(count)
+
+    def route(request: Request, replicas: Sequence[Replica]) -> Replica:
+        return min(replicas, key=count_of)
+
+    route.fewest = count  # type: ignore[attr-defined]
+    return _only_counting(route)
 
 
 @configuration
@@ -81,7 +102,7 @@ class RoundRobin:
             turn += 1
             return replica
 
-        return _only_counting(route)
+        return _ignoring(route)
 
 
 @configuration
@@ -94,7 +115,7 @@ class RandomRouting:
         def route(request: Request, replicas: Sequence[Replica]) -> Replica:
             return replicas[int(rng.integers(len(replicas)))]
 
-        return _only_counting(route)
+        return _ignoring(route)
 
 
 @configuration
@@ -103,11 +124,7 @@ class LeastOutstandingRequests:
 
     def router(self, rng: np.random.Generator) -> Route[ReplicaState]:
         """Make the router."""
-
-        def route(request: Request, replicas: Sequence[Replica]) -> Replica:
-            return min(replicas, key=_num_outstanding)
-
-        return _only_counting(route)
+        return _to_the_fewest("num_outstanding")
 
 
 @configuration
@@ -119,11 +136,7 @@ class LeastWaitingRequests:
 
     def router(self, rng: np.random.Generator) -> Route[ReplicaState]:
         """Make the router."""
-
-        def route(request: Request, replicas: Sequence[Replica]) -> Replica:
-            return min(replicas, key=_num_waiting)
-
-        return _only_counting(route)
+        return _to_the_fewest("num_waiting")
 
 
 GLOBAL_SCHEDULERS: dict[str, type] = {

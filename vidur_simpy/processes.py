@@ -9,7 +9,7 @@ memory is freed and its requests are complete or wait for their next batch (BATC
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import simpy
 
@@ -19,7 +19,7 @@ from vidur_simpy.global_scheduler import Route
 from vidur_simpy.kernel import Environment, EventType, Signal
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.metrics import Timeline
-from vidur_simpy.plain_loop import after_plain_loop
+from vidur_simpy.plain_loop import ExpectedRequests, after_plain_loop
 from vidur_simpy.replica_scheduler.interface import ReplicaScheduler
 from vidur_simpy.stage import ProcessGenerator, Stage, pause
 from vidur_simpy.sums import Numbers
@@ -27,11 +27,11 @@ from vidur_simpy.sums import Numbers
 __all__ = ["Replica", "Router", "Stage", "arrivals"]
 
 
-def arrivals(env: Environment, requests: Iterable[Request], router: Router) -> ProcessGenerator:
+def arrivals(env: Environment, requests: ExpectedRequests, router: Router) -> ProcessGenerator:
     """Process: bring each request to the router at the exact instant it arrives."""
     arrival = Signal(env, EventType.REQUEST_ARRIVAL)
     previous: Request | None = None
-    for request in after_plain_loop(iter(requests), router, env):
+    for request in after_plain_loop(requests, router, env):
         assert request.arrived_at is not None
         # The next arrival is in the queue before this one is handled: it may be simultaneous.
         event = arrival.at(request.arrived_at, request)
@@ -59,6 +59,7 @@ class Router:
     ----------
     queue : list of Request
         Requests that have arrived and are not mapped yet.
+    route : callable
     num_received : int
         Requests that have arrived, refused ones included.
     may_look : bool
@@ -77,7 +78,7 @@ class Router:
         self.replicas = replicas
         self.queue: list[Request] = []
         self.num_received = 0
-        self._route = route
+        self.route = route
         self._refusal = refusal
         self._on_refused = on_refused
         # A router of the user's own may look at anything.
@@ -131,7 +132,7 @@ class Router:
 
     def choose(self, request: Request) -> Replica:
         """Return the replica that the policy gives a request to."""
-        replica = self._route(request, self.replicas)
+        replica = self.route(request, self.replicas)
         if not isinstance(replica, Replica):
             raise SimulationError(
                 f"the router gave {replica!r} for {request}: expected one of the replicas."

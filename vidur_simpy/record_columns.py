@@ -104,13 +104,13 @@ class Rows:
         """Add a row; every so often, pack those that came since the last time."""
         self._rows.append(row)
         if len(self._rows) == ROWS_PER_PART:
-            self._keep(self._pack(self._rows))
+            self._keep_rows()
 
     def extend(self, other: Rows) -> None:
         """Add the rows of another table; both are in memory."""
         assert self._folder is None
         if self._rows:
-            self._keep(self._pack(self._rows))
+            self._keep_rows()
         self._held += other.parts().held
         self._num_packed += len(other)
 
@@ -125,13 +125,17 @@ class Rows:
         rest = [self._pack(self._rows)] if self._rows else []
         return Parts(tuple(self._files), (*self._held, *rest, *later))
 
-    def _keep(self, part: Part) -> None:
+    def append_part(self, part: Part, num_rows: int) -> None:
+        """Add many rows, packed."""
         if self._folder is None:
             self._held.append(part)
         else:
             write_part(part, self._next_file())
             self._files.append(self._next_file())
-        self._num_packed += len(self._rows)
+        self._num_packed += num_rows
+
+    def _keep_rows(self) -> None:
+        self.append_part(self._pack(self._rows), len(self._rows))
         self._rows = []
 
     def _next_file(self) -> Path:

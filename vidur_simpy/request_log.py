@@ -67,6 +67,18 @@ class RequestLog:
         """Keep what the tables need of a request that is done."""
         self._rows.append(_row(request))
 
+    def append_columns(self, columns: Mapping[str, Any]) -> None:
+        """Keep the rows of many requests at once; a column left out has the usual value in all."""
+        part: Part = dict.fromkeys(_COLUMNS)
+        for name, cells in columns.items():
+            kind, fill = _COLUMNS[name]
+            if name not in _OPTIONAL:
+                part[name] = cells.astype(kind, copy=False)
+            elif any(cell != _OPTIONAL[name] for cell in cells):
+                part[name] = array(cells, kind, fill)
+        self._shown |= _shown(part)
+        self._rows.append_part(part, len(columns["request_id"]))
+
     def extend(self, others: Iterable[RequestLog]) -> None:
         """Append the rows of other logs, which are in memory."""
         for other in others:

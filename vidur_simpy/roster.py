@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from math import inf
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 from vidur_simpy.entities import Request
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.workload import RequestArrays
 
-__all__ = ["Roster"]
+__all__ = ["Expected", "Roster"]
+
+
+class Expected:
+    """The requests of a workload: live once they are made, or taken as columns.
+
+    Parameters
+    ----------
+    table : RequestArrays
+    live : dict of int to Request
+        Where a request is noted when it is made.
+    keep : callable
+        Takes the columns of requests that are complete and were never made.
+
+    Attributes
+    ----------
+    table : RequestArrays
+    """
+
+    def __init__(
+        self,
+        table: RequestArrays,
+        live: dict[int, Request],
+        keep: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self.table = table
+        self.keep = keep
+        self._live = live
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.made_from(0)
+
+    def made_from(self, first: int) -> Iterator[Request]:
+        """Make each request from row `first` on when it is asked for."""
+        for request in self.table.iterate(first):
+            self._live[request.request_id] = request  # type: ignore[index]
+            yield request
+
+    def made(self, row: int) -> Request:
+        """Make one request."""
+        return next(self.made_from(row))
 
 
 class Roster:
@@ -39,8 +79,11 @@ class Roster:
         """Requests that did not come from the workload."""
         return len(self._submitted_ids)
 
-    def expect(self, table: RequestArrays) -> Iterator[Request]:
-        """Take the numbers of a workload; return its requests, live once they are made."""
+    def expect(self, table: RequestArrays, keep: Callable[[Mapping[str, Any]], None]) -> Expected:
+        """Take the numbers of a workload; return its requests, live once they are made.
+
+        `keep` takes the columns of those that are complete without having been made.
+        """
         self.num_expected = len(table)
         if table.request_id is None:
             self._workload_ids = range(len(table))
@@ -48,12 +91,7 @@ class Roster:
         elif len(table):
             self._workload_ids = set(table.request_id.tolist())
             self._next_id = 1 + max(self._workload_ids)
-        return self._made(table)
-
-    def _made(self, table: RequestArrays) -> Iterator[Request]:
-        for request in table.iterate():
-            self.live[request.request_id] = request  # type: ignore[index]
-            yield request
+        return Expected(table, self.live, keep)
 
     def submit(self, request: Request, now: float) -> float:
         """Take a request that a user submits `now`; return when it arrives, in seconds.

@@ -138,7 +138,7 @@ def _routed(whole: Simulation, requests: RequestArrays) -> NDArray[np.int64]:
     for row, request in enumerate(requests.iterate()):
         if router._refusal(request):
             continue
-        chosen: Any = router._route(request, unseen)  # type: ignore[arg-type]
+        chosen: Any = router.route(request, unseen)  # type: ignore[arg-type]
         if not isinstance(chosen, _Unseen):
             raise SimulationError(
                 f"the router gave {chosen!r} for {request}: expected one of the replicas."

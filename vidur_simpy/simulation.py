@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -153,7 +153,8 @@ class Simulation:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
-        self.env.process(arrivals(self.env, self._roster.expect(table), self.router))
+        expected = self._roster.expect(table, self._keep)
+        self.env.process(arrivals(self.env, expected, self.router))
 
     def _refuse(self, request: Request) -> None:
         self._num_refused += 1
@@ -167,6 +168,12 @@ class Simulation:
         self._request_log.append(request)
         if request.done is not None:
             request.done.succeed(request)
+        if self._bar is not None:
+            self._bar.tick()
+
+    def _keep(self, columns: Mapping[str, Any]) -> None:
+        """Keep the rows of requests of the workload that are complete."""
+        self._request_log.append_columns(columns)
         if self._bar is not None:
             self._bar.tick()
 

@@ -101,15 +101,14 @@ class RequestArrays:
             columns["hash_ids"] = [self.hash_ids[row] for row in np.arange(len(self))[rows]]
         return dataclasses.replace(self, **columns)
 
-    def iterate(self) -> Iterator[Request]:
-        """Make each request when it is asked for, so that those to come take no memory.
+    def iterate(self, first: int = 0) -> Iterator[Request]:
+        """Make each request from row `first` on when it is asked for, so that others take no memory.
 
         >>> next(RequestArrays([0.5], [100], [10]).iterate())
         <Request 0: 0 of 100 + 10 tokens>
         """
-        optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
-        given = [name for name in optional if getattr(self, name) is not None]
-        for start in range(0, len(self), _ROWS_AT_A_TIME):
+        given = self._optional()
+        for start in range(first, len(self), _ROWS_AT_A_TIME):
             rows = slice(start, start + _ROWS_AT_A_TIME)
             columns = (self.num_prefill_tokens, self.num_decode_tokens, self.arrived_at)
             numbers = zip(*(column[rows].tolist() for column in columns), strict=True)
@@ -119,6 +118,14 @@ class RequestArrays:
                     setattr(request, name, _plain(getattr(self, name)[index]))
                 request.hash_block_size = self.hash_block_size
                 yield request
+
+    def cells(self, name: str) -> list[Any]:
+        """Return an optional column as the requests have it."""
+        return [_plain(cell) for cell in getattr(self, name)]
+
+    def _optional(self) -> list[str]:
+        optional = ("request_id", "priority", "deadline", "session_id", "hash_ids")
+        return [name for name in optional if getattr(self, name) is not None]
 
     def _columns(self) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(self)]

@@ -1,0 +1,16 @@
+"""A whole run as one plain loop, as long as nobody else is on the clock.
+
+`processes` is the specification; this is the same in the fewest steps that Python can take, for
+what most runs are: a workload from its beginning, replicas of one stage under `sarathi` or `vllm`,
+first come, first served, behind a router that counts requests. Nothing is recorded or listened to
+and no process of the user's exists, so that nobody can look before the end. Then no event has to
+be queued and no request be made: the next thing to happen is the next arrival or the first end of
+a batch, and a request is a row of the workload's table.
+
+The loop can stop at any instant and leave the rest to the processes. It does when a block is
+missing (somebody has to give way) and at a ctrl-C.
+"""
+
+from vidur_simpy.plain_loop.loop import ExpectedRequests, after_plain_loop
+
+__all__ = ["ExpectedRequests", "after_plain_loop"]

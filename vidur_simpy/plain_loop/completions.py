@@ -1,0 +1,77 @@
+"""What the plain loop keeps of requests that are complete: tuples, turned into columns in bulk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vidur_simpy.workload import RequestArrays
+
+__all__ = ["Completions", "Member", "Row"]
+
+Row: TypeAlias = tuple[int, int, int]
+"""A request: its row in the workload's table, its prompt and output tokens."""
+
+Member: TypeAlias = tuple[int, int, int, float, float, float, float, float]
+"""A request that decodes: a `Row`; the instants at which it was scheduled and got its first token;
+its execution and its preempted time until then; the execution time of its decode set when it
+joined. All in seconds."""
+
+
+class Completions:
+    """The requests that are complete and not yet taken away as columns.
+
+    Attributes
+    ----------
+    members : list of Member
+        In order of completion.
+    ends : list of tuple
+        For each batch in which some were completed: the instant, the execution time of the decode
+        set, the replica, and how many.
+    num_outstanding : list of int
+        By replica: requests routed there that are not complete.
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        self.members: list[Member] = []
+        self.ends: list[tuple[float, float, int, int]] = []
+        self.num_outstanding = [0] * num_replicas
+
+    def take_columns(self, table: RequestArrays) -> dict[str, Any]:
+        """Return the columns of a request log of all members, and forget them."""
+        numbers, _, _, *floats = zip(*self.members, strict=True)
+        order = np.argsort(numbers)
+        rows = np.array(numbers)[order]
+        scheduled_at, first_token_at, spent, gap, joined = (
+            np.array(each)[order] for each in floats
+        )
+        counts = [end[3] for end in self.ends]
+        completed_at, executed, replica_id = (
+            np.repeat([end[column] for end in self.ends], counts)[order] for column in range(3)
+        )
+        self.members.clear()
+        self.ends.clear()
+        # As DecodeSet.times_of: what was not execution since the first token was waiting.
+        own = executed - joined
+        waited = completed_at - first_token_at - own
+        requests = table.take(rows)
+        return {
+            "request_id": rows if requests.request_id is None else requests.request_id,
+            "replica_id": replica_id,
+            "arrived_at": requests.arrived_at,
+            "scheduled_at": scheduled_at,
+            "first_token_at": first_token_at,
+            "completed_at": completed_at,
+            "num_prefill_tokens": requests.num_prefill_tokens,
+            "num_decode_tokens": requests.num_decode_tokens,
+            "execution_time": spent + own,
+            "preempted_time": gap + np.where(waited > 0.0, waited, 0.0),
+            "num_output_tokens": requests.num_decode_tokens,
+            **{
+                name: requests.cells(name)
+                for name in ("priority", "deadline", "session_id")
+                if getattr(requests, name) is not None
+            },
+        }

@@ -1,0 +1,186 @@
+"""Iterations of the same decodes that are known beforehand, taken at once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vidur_simpy.sums import Numbers, repeated, running_sums
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vidur_simpy.processes import Replica
+
+__all__ = ["DecodeRun", "State"]
+
+# A run is planned for at most so many iterations; one that is cut leaves a shorter next one.
+_SHORTEST, _LONGEST = 8, 4_096
+# Fewer are stepped.
+_WORTH_IT = 3
+
+
+class State(NamedTuple):
+    """A replica when the first iteration of a run has begun.
+
+    Attributes
+    ----------
+    num_decodes, context : int
+        Requests that decode, and their tokens in the KV cache once the iteration is done.
+    iteration : int
+        Steps of the decode set before.
+    executed, busy : float
+        Time of the steps of the decode set and of those of the stage before, in seconds.
+    phases : list of int
+        Blocks that each step takes, by its number modulo the block size.
+    num_blocks, num_running, num_waiting : int
+        Blocks in use, requests running and waiting.
+    """
+
+    num_decodes: int
+    context: int
+    iteration: int
+    executed: float
+    busy: float
+    phases: list[int]
+    num_blocks: int
+    num_running: int
+    num_waiting: int
+
+
+class DecodeRun:
+    """The run of iterations under way on one replica, if `num_steps` is not 0.
+
+    While it lasts the requests that decode stay the same and nobody is admitted. What each step
+    adds is settled at its end, with the additions in the order of stepping.
+
+    Attributes
+    ----------
+    num_steps : int
+        Iterations that are to be taken.
+    ends : sequence of float
+        When each of them ends, in seconds.
+    arrivals : list of float
+        When requests came meanwhile that have to wait, in seconds.
+    """
+
+    __slots__ = (
+        "_decode_times",
+        "_durations",
+        "_limit",
+        "_num_blocks",
+        "_started_at",
+        "_state",
+        "_sums",
+        "_timeline",
+        "arrivals",
+        "ends",
+        "num_steps",
+    )
+
+    def __init__(self, replica: Replica) -> None:
+        stage_time: Any = replica.stages[0].stage_time
+        self._decode_times = stage_time.decode_times
+        self._num_blocks = replica.pool.num_blocks
+        self._timeline = replica.timeline
+        self._limit = _SHORTEST
+        self.num_steps = 0
+        self.ends: list[float] = []
+        self.arrivals: list[float] = []
+
+    def plan(self, now: float, num_steps: int, state: State) -> bool:
+        """Plan at most `num_steps` iterations from `now` (seconds) on; return if it is worth it."""
+        num_steps = min(num_steps, self._limit)
+        if num_steps < _WORTH_IT:
+            return False
+        num_decodes, context, _, executed, busy, *_ = state
+        durations = self._decode_times(num_decodes, context, num_steps, 0)
+        sums: tuple[list[float], ...] | NDArray[np.float64]
+        if isinstance(durations, np.ndarray):
+            sums = np.empty((3, num_steps + 1))
+            sums[:, 0] = now, executed, busy
+            sums[:, 1:] = durations
+            sums = np.add.accumulate(sums, axis=1)
+            ends = sums[0, 1:].tolist()
+            shortest = np.minimum.reduce(durations)
+        else:
+            sums = tuple(
+                list(accumulate(durations, initial=start)) for start in (now, executed, busy)
+            )
+            ends = sums[0][1:]
+            shortest = min(durations)
+        if not (shortest >= 0.0 and ends[-1] < inf):
+            return False  # stepping says what is wrong
+        self._durations, self._sums, self._state = durations, sums, state
+        self.ends, self.num_steps = ends, num_steps
+        self.arrivals.clear()
+        return True
+
+    def cut(self, now: float) -> None:
+        """Let it end with the iteration that is under way at `now` (seconds)."""
+        num_steps = 1 + bisect_left(self.ends, now, 0, self.num_steps - 1)
+        self._limit = max(_SHORTEST, 2 * num_steps)
+        self.num_steps = num_steps
+
+    def under_way(self, now: float) -> tuple[int, float, float]:
+        """Return how many iterations ended before `now`, and start and time of the next, in s."""
+        num_ended = bisect_left(self.ends, now, 0, self.num_steps - 1)
+        return num_ended, float(self._sums[0][num_ended]), float(self._durations[num_ended])
+
+    def end(self, num_steps: int, usage: float) -> tuple[int, float, float, float]:
+        """Take so many of its iterations.
+
+        Returns
+        -------
+        num_blocks : int
+            Taken in all by the iterations after the first one.
+        executed, busy : float
+            As in `State`, now.
+        usage : float
+            The integral of the blocks in use over time, of which the value before was given.
+        """
+        if num_steps == self._limit:
+            self._limit = min(2 * num_steps, _LONGEST)
+        self.num_steps = 0
+        state, sums, ends = self._state, self._sums, self.ends
+        used_before = state.num_blocks
+        needed = repeated(state.phases, state.iteration + 1, num_steps - 1)
+        used: Numbers
+        if isinstance(sums, np.ndarray):
+            times = sums[0]
+            used = np.empty(num_steps + 1)
+            used[0], used[1], used[2:] = 0.0, used_before, needed
+            used = np.add.accumulate(used)
+            held = used[1:] * (times[1 : num_steps + 1] - times[:num_steps])
+            _, executed, busy = sums[:, num_steps].tolist()
+            usage = float(running_sums(usage, held)[-1])
+        else:
+            used = [0, *accumulate(needed, initial=used_before)]
+            start = sums[0][0]
+            for num_steps in range(1, num_steps + 1):
+                end = ends[num_steps - 1]
+                usage += used[num_steps] * (end - start)
+                start = end
+            executed, busy = sums[1][num_steps], sums[2][num_steps]
+        if num_steps > 1 and ends[num_steps - 2] >= self._timeline.next_at:
+            self._sample(num_steps - 1, used)
+        return int(used[num_steps]) - used_before, executed, busy, usage
+
+    def num_waiting_at(self, now: float) -> int:
+        """Return the requests that waited at the instant `now`, in seconds."""
+        return self._state.num_waiting + bisect_right(self.arrivals, now)
+
+    def _sample(self, num_ends: int, used: Numbers) -> None:
+        """Take the samples that are due when the iterations after the first one are formed."""
+        timeline, ends, state = self._timeline, self.ends, self._state
+        first = bisect_left(ends, timeline.next_at, 0, num_ends)
+        while first < num_ends:
+            now = ends[first]
+            num_waiting = self.num_waiting_at(now) if self.arrivals else state.num_waiting
+            usage = int(used[first + 2]) / self._num_blocks
+            timeline.sample(now, state.num_running, num_waiting, usage)
+            first = bisect_left(ends, timeline.next_at, first + 1, num_ends)
