@@ -94,12 +94,13 @@ def ctrl_c_at(instant: float) -> Iterator[None]:
     """Press ctrl-C once, at the first formation of a batch that is sampled from an instant on."""
     sample, is_pressed = Timeline.sample, False
 
-    def sample_and_press(self: Timeline, now: float, *levels: Any) -> None:
+    def sample_and_press(self: Timeline, now: float, *levels: Any) -> float:
         nonlocal is_pressed
-        sample(self, now, *levels)
+        next_at = sample(self, now, *levels)
         if now >= instant and not is_pressed:
             is_pressed = True
             signal.raise_signal(signal.SIGINT)
+        return next_at
 
     with mock.patch.object(Timeline, "sample", sample_and_press):
         yield

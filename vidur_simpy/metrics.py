@@ -60,14 +60,15 @@ class Timeline:
         self.next_at = 0.0
         self._interval = 0.0
 
-    def sample(self, now: float, num_running: int, num_waiting: int, usage: float) -> None:
-        """Append a row."""
+    def sample(self, now: float, num_running: int, num_waiting: int, usage: float) -> float:
+        """Append a row; return the instant from which the next is taken, in seconds."""
         self.rows.append((now, num_running, num_waiting, usage))
         if len(self.rows) >= self.capacity:
             span = now - self.rows[0][0]
             self._interval = max(2.0 * self._interval, 2.0 * span / self.capacity)
             del self.rows[1::2]
-        self.next_at = now + self._interval
+        self.next_at = next_at = now + self._interval
+        return next_at
 
 
 def replica_columns(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.completions import Completions, Member, Row
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, Decodes, Prefill, leave
-from vidur_simpy.plain_loop.runs import DecodeRun, State
+from vidur_simpy.plain_loop.runs import DecodeRun
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Lane:
                 if num_decodes and not chunks and not is_partial:
                     num_steps = 1 + block_size * max(0, (free - 1) // num_decodes)
                     num_steps = min(finishes[0] - iteration, num_steps)
-                    state = State(
+                    state = (
                         num_decodes,
                         context,
                         iteration,

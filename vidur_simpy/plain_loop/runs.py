@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from vidur_simpy.sums import Numbers, repeated, running_sums
+from vidur_simpy.sums import Numbers, repeated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,32 +24,11 @@ _SHORTEST, _LONGEST = 8, 4_096
 _WORTH_IT = 3
 
 
-class State(NamedTuple):
-    """A replica when the first iteration of a run has begun.
-
-    Attributes
-    ----------
-    num_decodes, context : int
-        Requests that decode, and their tokens in the KV cache once the iteration is done.
-    iteration : int
-        Steps of the decode set before.
-    executed, busy : float
-        Time of the steps of the decode set and of those of the stage before, in seconds.
-    phases : list of int
-        Blocks that each step takes, by its number modulo the block size.
-    num_blocks, num_running, num_waiting : int
-        Blocks in use, requests running and waiting.
-    """
-
-    num_decodes: int
-    context: int
-    iteration: int
-    executed: float
-    busy: float
-    phases: list[int]
-    num_blocks: int
-    num_running: int
-    num_waiting: int
+State: TypeAlias = tuple[int, int, int, float, float, list[int], int, int, int]
+"""A replica when the first iteration of a run has begun: the requests that decode, and their tokens
+in the KV cache once the iteration is done; the steps of the decode set before; the times of the
+steps of the decode set and of those of the stage before, in seconds; the blocks that each step
+takes, by its number modulo the block size; blocks in use, requests running and waiting."""
 
 
 class DecodeRun:
@@ -73,6 +52,7 @@ class DecodeRun:
         "_durations",
         "_limit",
         "_num_blocks",
+        "_rounds",
         "_started_at",
         "_state",
         "_sums",
@@ -88,6 +68,9 @@ class DecodeRun:
         self._num_blocks = replica.pool.num_blocks
         self._timeline = replica.timeline
         self._limit = _SHORTEST
+        # The position of each iteration among those of a block, counted from the start of one.
+        block_size = replica.pool.block_size
+        self._rounds = np.arange(_LONGEST + block_size) % block_size
         self.num_steps = 0
         self.ends: list[float] = []
         self.arrivals: list[float] = []
@@ -97,7 +80,7 @@ class DecodeRun:
         num_steps = min(num_steps, self._limit)
         if num_steps < _WORTH_IT:
             return False
-        num_decodes, context, _, executed, busy, *_ = state
+        num_decodes, context, _, executed, busy, _, _, _, _ = state
         durations = self._decode_times(num_decodes, context, num_steps, 0)
         sums: tuple[list[float], ...] | NDArray[np.float64]
         if isinstance(durations, np.ndarray):
@@ -146,24 +129,27 @@ class DecodeRun:
         if num_steps == self._limit:
             self._limit = min(2 * num_steps, _LONGEST)
         self.num_steps = 0
-        state, sums, ends = self._state, self._sums, self.ends
-        used_before = state.num_blocks
-        needed = repeated(state.phases, state.iteration + 1, num_steps - 1)
+        _, _, iteration, _, _, phases, used_before, _, _ = self._state
+        sums, ends = self._sums, self.ends
         used: Numbers
         if isinstance(sums, np.ndarray):
             times = sums[0]
+            first = (iteration + 1) % len(phases)
             used = np.empty(num_steps + 1)
-            used[0], used[1], used[2:] = 0.0, used_before, needed
+            used[0], used[1] = 0.0, used_before
+            used[2:] = np.array(phases)[self._rounds[first : first + num_steps - 1]]
             used = np.add.accumulate(used)
-            held = used[1:] * (times[1 : num_steps + 1] - times[:num_steps])
+            held = np.empty(num_steps + 1)
+            held[0] = usage
+            np.multiply(used[1:], times[1 : num_steps + 1] - times[:num_steps], out=held[1:])
+            usage = float(np.add.accumulate(held)[-1])
             _, executed, busy = sums[:, num_steps].tolist()
-            usage = float(running_sums(usage, held)[-1])
         else:
+            needed = repeated(phases, iteration + 1, num_steps - 1)
             used = [0, *accumulate(needed, initial=used_before)]
             start = sums[0][0]
-            for num_steps in range(1, num_steps + 1):
-                end = ends[num_steps - 1]
-                usage += used[num_steps] * (end - start)
+            for end, blocks in zip(ends[:num_steps], used[1:], strict=True):
+                usage += blocks * (end - start)
                 start = end
             executed, busy = sums[1][num_steps], sums[2][num_steps]
         if num_steps > 1 and ends[num_steps - 2] >= self._timeline.next_at:
@@ -172,15 +158,18 @@ class DecodeRun:
 
     def num_waiting_at(self, now: float) -> int:
         """Return the requests that waited at the instant `now`, in seconds."""
-        return self._state.num_waiting + bisect_right(self.arrivals, now)
+        return self._state[-1] + bisect_right(self.arrivals, now)
 
     def _sample(self, num_ends: int, used: Numbers) -> None:
         """Take the samples that are due when the iterations after the first one are formed."""
-        timeline, ends, state = self._timeline, self.ends, self._state
+        timeline, ends, num_blocks = self._timeline, self.ends, self._num_blocks
+        *_, num_running, num_waiting = self._state
         first = bisect_left(ends, timeline.next_at, 0, num_ends)
         while first < num_ends:
             now = ends[first]
-            num_waiting = self.num_waiting_at(now) if self.arrivals else state.num_waiting
-            usage = int(used[first + 2]) / self._num_blocks
-            timeline.sample(now, state.num_running, num_waiting, usage)
-            first = bisect_left(ends, timeline.next_at, first + 1, num_ends)
+            if self.arrivals:
+                num_waiting = self.num_waiting_at(now)
+            next_at = timeline.sample(
+                now, num_running, num_waiting, int(used[first + 2]) / num_blocks
+            )
+            first = bisect_left(ends, next_at, first + 1, num_ends)
