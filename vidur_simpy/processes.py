@@ -274,14 +274,22 @@ class Replica:
         """Whether no interrupt keeps it from forming batches."""
         return not self._is_paused
 
-    def resume(self, batch: Batch, duration: float) -> None:
-        """Go on with a batch, or a run of its decodes, that began elsewhere."""
+    def resume(self, batch: Batch, stage_id: int, duration: float, *, is_queued: bool) -> None:
+        """Go on with a batch, or a run of its decodes, that began elsewhere.
+
+        It is on a stage for so many seconds, or `is_queued` ahead of it.
+        """
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         self.num_batches_formed += 1
         self.num_running_batches += 1
-        self.hold_first_stage()
-        self.stages[0].fast.resume(batch, duration)
+        stage = self.stages[stage_id]
+        if stage_id == 0:
+            self.hold_first_stage()
+        if is_queued:
+            stage.queue.append(batch)
+        else:
+            stage.fast.resume(batch, duration)
 
     def hold_first_stage(self) -> None:
         """Form no batch until the first stage is done with the one it has."""

@@ -54,6 +54,8 @@ class Linear:
 class LinearStageTime:
     """The line of one replica: call it with a batch and a stage for the seconds."""
 
+    is_alike_on_all_stages = True
+
     def __init__(self, line: Linear, num_stages: int) -> None:
         self._base = line.base
         self._per_token = line.per_token

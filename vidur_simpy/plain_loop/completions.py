@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Completions", "Member", "Row"]
 
-Row: TypeAlias = tuple[int, int, int]
-"""A request: its row in the workload's table, its prompt and output tokens."""
+Row: TypeAlias = tuple[int, int, int, float]
+"""A request: its row in the workload's table, its prompt and output tokens, when it arrived."""
 
-Member: TypeAlias = tuple[int, int, int, float, float, float, float, float]
-"""A request that decodes: a `Row`; the instants at which it was scheduled and got its first token;
-its execution and its preempted time until then; the execution time of its decode set when it
-joined. All in seconds."""
+Member: TypeAlias = tuple[int, int, int, float, float, float, float, float, float, float, int]
+"""A request that decodes: a `Row`; when it was scheduled and got its first token; its execution and
+its preempted time, and the end of its last stage, when it joined its decode set; the execution time
+of the set then; the set's iteration in which it gets its last token. Times in seconds."""
 
 
 class Completions:
@@ -41,10 +41,11 @@ class Completions:
 
     def take_columns(self, table: RequestArrays) -> dict[str, Any]:
         """Return the columns of a request log of all members, and forget them."""
-        numbers, _, _, *floats = zip(*self.members, strict=True)
+        columns = list(zip(*self.members, strict=True))
+        numbers, floats = columns[0], columns[4:10]
         order = np.argsort(numbers)
         rows = np.array(numbers)[order]
-        scheduled_at, first_token_at, spent, gap, joined = (
+        scheduled_at, first_token_at, spent, gap, since, joined = (
             np.array(each)[order] for each in floats
         )
         counts = [end[3] for end in self.ends]
@@ -53,9 +54,9 @@ class Completions:
         )
         self.members.clear()
         self.ends.clear()
-        # As DecodeSet.times_of: what was not execution since the first token was waiting.
+        # As DecodeSet.times_of: what was not execution was waiting.
         own = executed - joined
-        waited = completed_at - first_token_at - own
+        waited = completed_at - since - own
         requests = table.take(rows)
         return {
             "request_id": rows if requests.request_id is None else requests.request_id,

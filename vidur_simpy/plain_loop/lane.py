@@ -1,8 +1,8 @@
 """One replica of one stage in the plain loop: its numbers are the local variables of a generator.
 
-A request is the tuple ``(row, num_prefill_tokens, num_decode_tokens)``, with the `row` of the
-workload's table. One that decodes is a `Member`; its future is known when it joins, so that it is
-written into the bucket of the iteration of its last token and not touched until then.
+A request is a `Row` of the workload's table. One that decodes is a `Member`; its future is known
+when it joins, so that it is written into the bucket of the iteration of its last token and not
+touched until then.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from heapq import heappop, heappush
+from itertools import chain
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.entities import Batch
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
 from vidur_simpy.plain_loop.completions import Completions, Member, Row
-from vidur_simpy.plain_loop.leaving import BatchUnderWay, Decodes, Prefill, leave
+from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.runs import DecodeRun
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 
@@ -63,6 +65,8 @@ class Lane:
         self.replica = replica
         self.waiting: deque[Row] = deque()
         self.run = DecodeRun(replica)
+        self.is_open = False
+        self.arrived_at = -inf
         self._make = make
         self._completions = completions
         self._horizon = horizon
@@ -113,7 +117,7 @@ class Lane:
         size = iteration = processed = 0  # of the decode set: members, steps, tokens
         executed = last_end = 0.0
         is_partial = is_partial_taken = is_partial_skipped = False
-        partial, done, scheduled_at, spent, gap, since = (0, 0, 0), 0, 0.0, 0.0, 0.0, 0.0
+        partial, done, scheduled_at, spent, gap, since = (0, 0, 0, 0.0), 0, 0.0, 0.0, 0.0, 0.0
         batch = Batch()  # the one under way, again and again
         chunks: list[Chunk] = []
         spare: list[Chunk] = []  # used again and again
@@ -180,10 +184,10 @@ class Lane:
                             since = now
                         for row, at, before, waited in whole:
                             before += duration
-                            _, prompt, output = row
+                            _, prompt, output, _ = row
                             if output == 1:
                                 free -= -prompt // block_size
-                                members.append((*row, at, now, before, waited, executed))
+                                members.append((*row, at, now, before, waited, now, executed, 0))
                                 ends.append((now, executed, index, 1))
                                 num_outstanding[index] -= 1
                                 num_completed += 1
@@ -195,7 +199,7 @@ class Lane:
                             processed += prompt + 1
                             phases[(iteration - prompt) % block_size] += 1
                             last = iteration + output - 1
-                            member = (*row, at, now, before, waited, executed)
+                            member = (*row, at, now, before, waited, now, executed, last)
                             if last in finishing:
                                 finishing[last].append(member)
                             else:
@@ -319,7 +323,8 @@ class Lane:
                     env._now = now
                     now = yield ends_at
         finally:
-            under_way = None
+            batches = []
+            cohort = Cohort(block_size)
             if is_formed:
                 # Of the batch under way nothing counts before its end.
                 num_prefill_tokens -= num_tokens - num_decodes
@@ -347,11 +352,20 @@ class Lane:
                 prefills = list(whole)
                 if is_partial_taken:
                     prefills.append((partial, scheduled_at, spent, gap))
-                pieces = [
-                    (Prefill(*prefill, None, chunk.context - chunk.num_tokens), chunk.num_tokens)
-                    for prefill, chunk in zip(prefills, chunks, strict=True)
+                taken = []
+                for prefill, chunk in zip(prefills, chunks, strict=True):
+                    num_tokens = chunk.context - chunk.num_tokens
+                    taken.append((Partial(*prefill, started_at, num_tokens), chunk.num_tokens))
+                end = started_at + duration
+                in_batch = cohort if num_decodes else None
+                batches = [
+                    BatchUnderWay(in_batch, taken, started_at, [end], [started_at], [duration])
                 ]
-                under_way = BatchUnderWay(num_decodes > 0, pieces, started_at, duration)
+            cohort.members = {
+                member[0]: member for member in sorted(chain.from_iterable(finishing.values()))
+            }
+            cohort.phases, cohort.iteration, cohort.processed = phases, iteration, processed
+            cohort.execution_time, cohort.last_end = executed, last_end
             pool.num_free, pool.num_free_least = free, least
             pool._usage_integral, pool._usage_since = usage, usage_since
             stage.busy_time = busy
@@ -361,15 +375,12 @@ class Lane:
             replica.num_attention_pairs, replica.num_context_tokens = num_pairs, num_context
             replica.num_outstanding = num_outstanding[index]
             replica.num_requests = num_outstanding[index] + num_completed
-            is_left = is_partial and not (is_formed and is_partial_taken)
-            leave(
-                replica,
-                waiting=waiting,
-                decodes=Decodes(finishing, iteration, executed, last_end),
-                partial=Prefill(partial, scheduled_at, spent, gap, since, done)
-                if is_left
-                else None,
-                is_partial_first=is_partial_skipped,
-                batch=under_way,
-                make=self._make,
-            )
+            running: list[Entry] = []
+            if size and not (is_formed and num_decodes):
+                running.append(cohort)
+            if is_partial and not (is_formed and is_partial_taken):
+                left = Partial(partial, scheduled_at, spent, gap, since, done)
+                running.insert(0 if is_partial_skipped else 1, left)
+            # Else as the end of the stage and that of the batch have it.
+            num_schedules = 0 if is_formed or not (waiting or running) else 2
+            leave(replica, waiting, running, batches, self._make, num_schedules)

@@ -4,142 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, Request
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
 from vidur_simpy.plain_loop.completions import Member, Row
 
 if TYPE_CHECKING:
     from vidur_simpy.processes import Replica
 
-__all__ = ["Decodes", "Prefill", "leave"]
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """A request whose prompt is not complete.
-
-    Attributes
-    ----------
-    row : Row
-    scheduled_at, execution_time, preempted_time : float
-        So far, in seconds.
-    last_stage_end : float or None
-        In seconds.
-    num_tokens : int
-        Prompt tokens computed, before the batch under way.
-    """
-
-    row: Row
-    scheduled_at: float
-    execution_time: float
-    preempted_time: float
-    last_stage_end: float | None
-    num_tokens: int
-
-    def request(self, make: Callable[[int], Request]) -> Request:
-        """Make it as the processes know it."""
-        request = make(self.row[0])
-        request.scheduled_at = self.scheduled_at
-        request.execution_time, request.preempted_time = self.execution_time, self.preempted_time
-        request.last_stage_end = self.last_stage_end
-        request._processed = request.num_scheduled_tokens = self.num_tokens
-        return request
-
-
-@dataclass(frozen=True, slots=True)
-class Decodes:
-    """A decode set in numbers.
-
-    Attributes
-    ----------
-    members : dict of int to list of Member
-        By the iteration of their last token.
-    iteration : int
-    execution_time, last_end : float
-        As in :class:`SharedSteps`.
-    """
-
-    members: dict[int, list[Member]]
-    iteration: int
-    execution_time: float
-    last_end: float
-
-    def decode_set(self, block_size: int, make: Callable[[int], Request]) -> DecodeSet:
-        """Make it as the processes know it: first come, first served, in order of arrival."""
-        decodes = DecodeSet(block_size)
-        found = [(each, last) for last, bucket in self.members.items() for each in bucket]
-        for member, last in sorted(found):
-            row, prompt, output, scheduled_at, first_token_at, spent, gap, joined = member
-            request = make(row)
-            request.scheduled_at, request.first_token_at = scheduled_at, first_token_at
-            request.execution_time, request.preempted_time = spent, gap
-            request.last_stage_end = first_token_at
-            request._processed = request.num_scheduled_tokens = prompt
-            request.end_chunk(0)
-            decodes.iteration, decodes.execution_time = last - output + 1, joined
-            decodes.join(request)
-            decodes.num_processed_tokens += self.iteration - decodes.iteration
-        decodes.iteration, decodes.execution_time = self.iteration, self.execution_time
-        decodes.last_end = self.last_end
-        return decodes
+__all__ = ["BatchUnderWay", "leave"]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchUnderWay:
-    """A batch on the stage.
+    """A batch in the pipeline; times in seconds.
 
     Attributes
     ----------
-    has_decodes : bool
-        Whether the decode set takes part.
-    chunks : sequence of (Prefill, int)
-        Prompts with the tokens of each that it computes.
-    started_at, duration : float
-        In seconds; NaN if the duration is none, which the stage has to be told.
+    cohort : Cohort or None
+        What decodes.
+    taken : sequence of (Partial, int)
+        Prompts, as they were before, with the tokens of each that are computed.
+    formed_at : float
+    ends, ends_before : sequence of float
+        When each stage is done with it, and with the batch before.
+    durations : sequence of float
+        Of its stages; what is no duration the stage has to be told.
     """
 
-    has_decodes: bool
-    chunks: Sequence[tuple[Prefill, int]]
-    started_at: float
-    duration: float
-
-    def resume(
-        self, replica: Replica, decodes: DecodeSet | None, make: Callable[[int], Request]
-    ) -> None:
-        """Let the stage go on with it."""
-        chunks = []
-        for prefill, num_tokens in self.chunks:
-            chunks.append(prefill.request(make).schedule_chunk(num_tokens))
-        batch = Batch(decodes if self.has_decodes else None, chunks)
-        batch.scheduled_at = batch.stage_started_at = self.started_at
-        replica.resume(batch, self.duration)
+    cohort: Cohort | None
+    taken: Sequence[tuple[Partial, int]]
+    formed_at: float
+    ends: Sequence[float]
+    ends_before: Sequence[float]
+    durations: Sequence[float]
 
 
 def leave(
     replica: Replica,
-    *,
     waiting: Iterable[Row],
-    decodes: Decodes,
-    partial: Prefill | None,
-    is_partial_first: bool,
-    batch: BatchUnderWay | None,
+    running: Sequence[Entry],
+    batches: Sequence[BatchUnderWay],
     make: Callable[[int], Request],
+    num_schedules: int,
 ) -> None:
-    """Hand the requests of a replica over to its scheduler, and its batch to its stage.
+    """Hand the requests of a replica over to its scheduler, and its batches to its stages.
 
     Parameters
     ----------
-    waiting : iterable of Row
-    decodes : Decodes
-    partial : Prefill or None
-        A prompt that goes on and is not in the batch under way.
-    is_partial_first : bool
-        Whether it stands ahead of the decodes.
-    batch : BatchUnderWay or None
+    running : sequence of Cohort, Member and Partial
+        What is between two batches, in order.
+    batches : sequence of BatchUnderWay
+        The oldest first.
     make : callable
         Makes the request of a row.
+    num_schedules : int
+        REPLICA_SCHEDULE events that are due now.
     """
     scheduler: Any = replica.scheduler
     for row in waiting:
@@ -153,16 +76,77 @@ def leave(
         scheduler.num_running += 1
         return request
 
-    decode_set = None
-    if decodes.members:
-        decode_set = decodes.decode_set(replica.pool.block_size, made)
-        if batch is None or not batch.has_decodes:
-            scheduler.running.append(decode_set)
-    if partial is not None:
-        scheduler.running.insert(0 if is_partial_first else 1, partial.request(made))
-    if batch is not None:
-        batch.resume(replica, decode_set, made)
-    elif scheduler.waiting or scheduler.running:
-        # As the end of the stage and that of the batch have it.
+    for entry in running:
+        if isinstance(entry, Cohort):
+            scheduler.running.append(_decode_set(entry, made))
+        elif isinstance(entry, Partial):
+            scheduler.running.append(_prefilling(entry, made))
+        else:
+            scheduler.running.append(_decoding(entry, entry[-1], made))
+    for batch in batches:
+        _resume(replica, batch, made)
+    for _ in range(num_schedules):
         replica.schedule.raise_now()
-        replica.schedule.raise_now()
+
+
+def _prefilling(partial: Partial, make: Callable[[int], Request]) -> Request:
+    request = make(partial.row[0])
+    request.scheduled_at = partial.scheduled_at
+    request.execution_time, request.preempted_time = partial.execution_time, partial.preempted_time
+    request.last_stage_end = partial.last_stage_end if partial.num_tokens else None
+    request._processed = request.num_scheduled_tokens = partial.num_tokens
+    return request
+
+
+def _decoding(member: Member, num_left: int, make: Callable[[int], Request]) -> Request:
+    """Make a request with so many tokens to come."""
+    request = make(member[0])
+    request.scheduled_at, request.first_token_at = member[4:6]
+    request.execution_time, request.preempted_time, request.last_stage_end = member[6:9]
+    request.num_scheduled_tokens = request.num_prefill_tokens
+    request.is_prefill_complete = True
+    request._processed = request.num_tokens - num_left
+    return request
+
+
+def _decode_set(cohort: Cohort, make: Callable[[int], Request]) -> DecodeSet:
+    decodes = DecodeSet(len(cohort.phases))
+    for member in cohort.members.values():
+        joined, last = member[-2:]
+        # How many steps it has taken is not known, but whether it has: the times say so.
+        num_steps = int(cohort.execution_time != joined)
+        decodes.iteration, decodes.execution_time = cohort.iteration - num_steps, joined
+        decodes.join(_decoding(member, last - decodes.iteration, make))
+        decodes.num_processed_tokens += num_steps
+    decodes.iteration, decodes.execution_time = cohort.iteration, cohort.execution_time
+    decodes.last_end = cohort.last_end
+    return decodes
+
+
+def _resume(replica: Replica, batch: BatchUnderWay, make: Callable[[int], Request]) -> None:
+    """Put a batch on the stage where it is, or ahead of it."""
+    now = replica.env.now
+    is_known = all(map(isfinite, batch.durations))
+    stage_id = 0
+    if is_known:
+        stage_id = next(number for number, end in enumerate(batch.ends) if end >= now)
+    chunks = []
+    for partial, num_tokens in batch.taken:
+        request = _prefilling(partial, make)
+        if partial.num_tokens:
+            request.preempted_time += batch.formed_at - partial.last_stage_end
+        request.last_stage_end = None
+        chunks.append(request.schedule_chunk(num_tokens))
+    decodes = None if batch.cohort is None else _decode_set(batch.cohort, make)
+    resumed = Batch(decodes, chunks)
+    resumed.scheduled_at = started_at = batch.formed_at
+    for number in range(stage_id):
+        stage, duration, end = replica.stages[number], batch.durations[number], batch.ends[number]
+        stage.note_end(resumed, duration, end)
+        started_at = max(end, batch.ends_before[number + 1])
+        if started_at < now:
+            for chunk in chunks:
+                chunk.request.preempted_time += started_at - end
+    resumed.stage_started_at = started_at
+    is_queued = stage_id > 0 and started_at >= now
+    replica.resume(resumed, stage_id, batch.durations[stage_id], is_queued=is_queued)

@@ -11,6 +11,7 @@ import numpy as np
 
 from vidur_simpy.plain_loop.completions import Completions, Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
+from vidur_simpy.plain_loop.pipeline import PipelineLane
 from vidur_simpy.replica_scheduler.ordering import WaitingQueue
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 from vidur_simpy.replica_scheduler.vllm import VllmScheduler
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from vidur_simpy.kernel import Environment
     from vidur_simpy.processes import Replica, Router
     from vidur_simpy.workload import RequestArrays
+
+KNOWN = ((SarathiScheduler, VllmScheduler), (SarathiScheduler,))
 
 __all__ = ["ExpectedRequests", "after_plain_loop"]
 
@@ -64,10 +67,9 @@ def _knows(replica: Replica) -> bool:
     scheduler: Any = replica.scheduler
     stage_time = replica.stages[0].stage_time
     return (
-        type(scheduler) in (SarathiScheduler, VllmScheduler)
+        type(scheduler) in KNOWN[replica.num_stages > 1]
         and type(scheduler.waiting) is WaitingQueue
         and not scheduler.resources.sequence_pipeline_parallel
-        and replica.num_stages == 1
         and hasattr(stage_time, "decode_times")
         and str(stage_time.__module__).startswith("vidur_simpy.")
     )
@@ -85,7 +87,9 @@ class _Loop:
         self.num_arrived = 0
         self.completions = Completions(len(router.replicas))
         self.lanes = [
-            Lane(replica, self.completions, self.horizon, requests.made)
+            (Lane if replica.num_stages == 1 else PipelineLane)(
+                replica, self.completions, self.horizon, requests.made
+            )
             for replica in router.replicas
         ]
 
@@ -112,7 +116,7 @@ class _Loop:
         ends = [inf] * len(lanes)
         heap: list[tuple[float, int]] = []
         arrivals = self._arrivals()
-        nothing = (inf, (0, 0, 0))
+        nothing = (inf, (0, 0, 0, inf))
         arrives_at, row = next(arrivals, nothing)
         while not env.is_interrupted:
             while heap and heap[0][0] < arrives_at:
@@ -151,13 +155,14 @@ class _Loop:
                 index = choose(row[0])
                 num_outstanding[index] += 1
                 lane = lanes[index]
-                if ends[index] == inf:
+                if ends[index] == inf or (lane.is_open and ends[index] == ends[index]):
                     ends[index] = nan
                     to_form.append(index)
                 elif runs[index].num_steps and lane.note_arrival(now):
                     ends[index] = runs[index].ends[runs[index].num_steps - 1]
                     heappush(heap, (ends[index], index))
                 lane.waiting.append(row)
+                lane.arrived_at = now
                 arrives_at, row = next(arrivals, nothing)
             for index in to_form:
                 ends[index] = ends_at = sends[index](now)
@@ -178,8 +183,9 @@ class _Loop:
             numbers = np.arange(first, first + len(prompts))
             is_long = (prompts > longest_prompt) | (prompts + outputs > longest)
             numbers[is_long] = ~numbers[is_long]
+            instants = table.arrived_at[rows].tolist()
             columns = (column.tolist() for column in (numbers, prompts, outputs))
-            yield from zip(table.arrived_at[rows].tolist(), zip(*columns, strict=True), strict=True)
+            yield from zip(instants, zip(*columns, instants, strict=True), strict=True)
 
     def _is_refused(self, row: int) -> bool:
         """Ask the router about a request that may be too long; it says why."""

@@ -1,0 +1,235 @@
+"""Requests that decode together in a pipeline, as tuples: a decode set of the plain loop."""
+
+from __future__ import annotations
+
+from itertools import islice
+from operator import itemgetter
+from typing import TypeAlias
+
+from vidur_simpy.plain_loop.completions import Member, Row
+
+__all__ = ["Cohort", "Entry", "Partial", "gather", "kept"]
+
+
+class Partial:
+    """A prompt that goes on, as it was before the batch under way; times in seconds."""
+
+    __slots__ = (
+        "execution_time",
+        "last_stage_end",
+        "num_tokens",
+        "preempted_time",
+        "row",
+        "scheduled_at",
+    )
+
+    def __init__(
+        self,
+        row: Row,
+        scheduled_at: float,
+        execution_time: float = 0.0,
+        preempted_time: float = 0.0,
+        last_stage_end: float = 0.0,
+        num_tokens: int = 0,
+    ) -> None:
+        self.row = row
+        self.scheduled_at = scheduled_at
+        self.execution_time = execution_time
+        self.preempted_time = preempted_time
+        self.last_stage_end = last_stage_end
+        self.num_tokens = num_tokens  # computed
+
+
+def _arrived_at(entry: Partial | Member) -> float:
+    return entry.row[3] if isinstance(entry, Partial) else entry[3]
+
+
+class Cohort:
+    """What :class:`DecodeSet` is to the processes, with its rules and its order of additions.
+
+    Attributes
+    ----------
+    members : dict of int to Member
+        By row, in batch order.
+    finishing : dict of int to list of Member
+        By the iteration of their last token.
+    phases : list of int
+        Blocks that each step takes, by its number modulo the block size.
+    iteration, processed : int
+        Steps that have ended, and tokens processed, summed over the members.
+    execution_time, last_end : float
+        Time of the steps, and the end of the last of them, in seconds.
+    """
+
+    __slots__ = (
+        "_is_sorted",
+        "_latest_arrival",
+        "execution_time",
+        "finishing",
+        "iteration",
+        "last_end",
+        "members",
+        "phases",
+        "processed",
+    )
+
+    def __init__(self, block_size: int) -> None:
+        self.members: dict[int, Member] = {}
+        self.finishing: dict[int, list[Member]] = {}
+        self.phases = [0] * block_size
+        self.iteration = self.processed = 0
+        self.execution_time = self.last_end = 0.0
+        self._is_sorted = True
+        self._latest_arrival = float("-inf")
+
+    def join(self, member: Member) -> None:
+        """Add a request."""
+        row, prompt, output, arrived_at, *_, num_left = member
+        last = self.iteration + num_left
+        member = (*member[:9], self.execution_time, last)
+        self.members[row] = member
+        self.processed += prompt + output - num_left
+        self.phases[(1 + last - prompt - output) % len(self.phases)] += 1
+        if last in self.finishing:
+            self.finishing[last].append(member)
+        else:
+            self.finishing[last] = [member]
+        if arrived_at < self._latest_arrival:
+            self._is_sorted = False
+        else:
+            self._latest_arrival = arrived_at
+
+    def leave(self, member: Member) -> Member:
+        """Take a request out; return it with the times of its steps."""
+        row, prompt, output, _, _, _, spent, gap, since, joined, last = member
+        del self.members[row]
+        bucket = self.finishing[last]
+        bucket.remove(member)
+        if not bucket:
+            del self.finishing[last]
+        num_left = last - self.iteration
+        self.phases[(1 + last - prompt - output) % len(self.phases)] -= 1
+        self.processed -= prompt + output - num_left
+        own = self.execution_time - joined
+        if own:
+            gap += max(0.0, self.last_end - since - own)
+            spent += own
+            since = self.last_end
+        return (*member[:6], spent, gap, since, 0.0, num_left)
+
+    def absorb(self, other: Cohort, most: int) -> None:
+        """Move the first members of another one here, at most so many."""
+        if most < len(other.members):
+            for member in list(islice(other.members.values(), most)):
+                self.join(other.leave(member))
+            return
+        # As one by one, and nothing has to be left in order behind.
+        executed, last_end = other.execution_time, other.last_end
+        joined, later = self.execution_time, self.iteration - other.iteration
+        members, finishing = self.members, self.finishing
+        for member in other.members.values():
+            row, prompt, output, arrived_at, at, first_token_at, spent, gap, since, before, last = (
+                member
+            )
+            own = executed - before
+            if own:
+                gap += max(0.0, last_end - since - own)
+                spent += own
+                since = last_end
+            last += later
+            moved = (
+                row,
+                prompt,
+                output,
+                arrived_at,
+                at,
+                first_token_at,
+                spent,
+                gap,
+                since,
+                joined,
+                last,
+            )
+            members[row] = moved
+            if last in finishing:
+                finishing[last].append(moved)
+            else:
+                finishing[last] = [moved]
+            if arrived_at < self._latest_arrival:
+                self._is_sorted = False
+            else:
+                self._latest_arrival = arrived_at
+        self.processed += other.processed
+        phases, block_size = self.phases, len(self.phases)
+        for number, blocks in enumerate(other.phases):
+            phases[(number + later) % block_size] += blocks
+        other.members = {}
+
+    def finish(self) -> list[Member]:
+        """Take out the members that have their last token now; there are some."""
+        finished = self.finishing.pop(self.iteration)
+        phases, block_size = self.phases, len(self.phases)
+        for row, prompt, output, *_ in finished:
+            del self.members[row]
+            phases[(1 + self.iteration - prompt - output) % block_size] -= 1
+            self.processed -= prompt + output
+        return finished
+
+    def sort_by_arrival(self) -> None:
+        """Put the members in order of arrival; those of one instant keep their order."""
+        if not self._is_sorted:
+            members = sorted(self.members.values(), key=itemgetter(3))
+            self.members = {member[0]: member for member in members}
+            self._is_sorted = True
+
+
+Entry: TypeAlias = Cohort | Partial | Member
+"""What is between two batches; a member that is in no cohort has its tokens to come as `last`."""
+
+
+def gather(
+    running: list[Entry], most: int, block_size: int
+) -> tuple[Cohort | None, list[Partial], list[Entry]]:
+    """Take the first decodes, at most so many, and the unfinished prompts met on the way.
+
+    As `ContinuousBatching.take_decodes`; return what is left, too.
+    """
+    cohort: Cohort | None = None
+    partials: list[Partial] = []
+    left: list[Entry] = []
+    size = 0
+    for entry in running:
+        kind = type(entry)
+        if size == most:
+            left.append(entry)
+        elif kind is Partial:
+            partials.append(entry)
+        elif kind is tuple:
+            if cohort is None:
+                cohort = Cohort(block_size)
+            cohort.join(entry)
+            size += 1
+        elif cohort is None:
+            cohort, size = entry, len(entry.members)
+        else:
+            cohort.absorb(entry, most - size)
+            size = len(cohort.members)
+            if entry.members:
+                left.append(entry)
+    return cohort, partials, left
+
+
+def kept(skipped: list[Partial], left: list[Entry]) -> list[Entry]:
+    """Put what is for a later batch in order of arrival."""
+    if not skipped and len(left) == 1:
+        (entry,) = left
+        if type(entry) is Cohort:
+            entry.sort_by_arrival()
+        return left
+    entries: list[Entry] = [*skipped]
+    for entry in left:
+        if type(entry) is Cohort:
+            entries += [entry.leave(member) for member in list(entry.members.values())]
+        else:
+            entries.append(entry)
+    return sorted(entries, key=_arrived_at)
