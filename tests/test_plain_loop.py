@@ -20,7 +20,7 @@ from vidur_simpy.plain_loop import loop as plain_loop
 
 SCHEDULERS: dict[str, Any] = {
     "vllm": vs.Vllm(max_num_seqs=5, max_num_batched_tokens=200),
-    "vllm_one": vs.Vllm(max_num_seqs=1),
+    "vllm_few": vs.Vllm(max_num_seqs=4),
     "sarathi": vs.Sarathi(max_num_seqs=6, chunk_size=64),
     "sarathi_narrow": vs.Sarathi(max_num_seqs=6, chunk_size=4),
 }
@@ -46,6 +46,7 @@ def clusters(draw: st.DrawFn) -> vs.Cluster:
     blocks = st.integers(longest + 2, 2 * longest) | st.just(50_000)
     return cluster(
         num_replicas=draw(st.integers(1, 3)),
+        pipeline_parallel_size=draw(st.sampled_from([1, 1, 2, 4])),
         kv_cache=vs.KVCache(block_size=block_size, num_blocks=draw(blocks)),
         replica_scheduler=SCHEDULERS[draw(st.sampled_from(sorted(SCHEDULERS)))],
         global_scheduler=draw(st.sampled_from(ROUTERS)),

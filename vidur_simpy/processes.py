@@ -274,10 +274,10 @@ class Replica:
         """Whether no interrupt keeps it from forming batches."""
         return not self._is_paused
 
-    def resume(self, batch: Batch, stage_id: int, duration: float, *, is_queued: bool) -> None:
-        """Go on with a batch, or a run of its decodes, that began elsewhere.
+    def resume(self, batch: Batch, stage_id: int, duration: float) -> None:
+        """Go on with a batch that began elsewhere and takes so many seconds on a stage.
 
-        It is on a stage for so many seconds, or `is_queued` ahead of it.
+        It queues there if the stage is busy.
         """
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
@@ -286,7 +286,7 @@ class Replica:
         stage = self.stages[stage_id]
         if stage_id == 0:
             self.hold_first_stage()
-        if is_queued:
+        if stage.is_busy:
             stage.queue.append(batch)
         else:
             stage.fast.resume(batch, duration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -50,6 +51,8 @@ def leave(
     batches: Sequence[BatchUnderWay],
     make: Callable[[int], Request],
     num_schedules: int,
+    *,
+    is_over: bool = False,
 ) -> None:
     """Hand the requests of a replica over to its scheduler, and its batches to its stages.
 
@@ -63,6 +66,8 @@ def leave(
         Makes the request of a row.
     num_schedules : int
         REPLICA_SCHEDULE events that are due now.
+    is_over : bool
+        Whether the ends of stages right now have happened; else they are still to come.
     """
     scheduler: Any = replica.scheduler
     for row in waiting:
@@ -84,7 +89,7 @@ def leave(
         else:
             scheduler.running.append(_decoding(entry, entry[-1], made))
     for batch in batches:
-        _resume(replica, batch, made)
+        _resume(replica, batch, made, is_over=is_over)
     for _ in range(num_schedules):
         replica.schedule.raise_now()
 
@@ -123,13 +128,14 @@ def _decode_set(cohort: Cohort, make: Callable[[int], Request]) -> DecodeSet:
     return decodes
 
 
-def _resume(replica: Replica, batch: BatchUnderWay, make: Callable[[int], Request]) -> None:
+def _resume(
+    replica: Replica, batch: BatchUnderWay, make: Callable[[int], Request], *, is_over: bool
+) -> None:
     """Put a batch on the stage where it is, or ahead of it."""
     now = replica.env.now
     is_known = all(map(isfinite, batch.durations))
-    stage_id = 0
-    if is_known:
-        stage_id = next(number for number, end in enumerate(batch.ends) if end >= now)
+    find = bisect_right if is_over else bisect_left
+    stage_id = find(batch.ends, now) if is_known else 0
     chunks = []
     for partial, num_tokens in batch.taken:
         request = _prefilling(partial, make)
@@ -143,10 +149,9 @@ def _resume(replica: Replica, batch: BatchUnderWay, make: Callable[[int], Reques
     for number in range(stage_id):
         stage, duration, end = replica.stages[number], batch.durations[number], batch.ends[number]
         stage.note_end(resumed, duration, end)
-        started_at = max(end, batch.ends_before[number + 1])
-        if started_at < now:
+        if number + 1 < stage_id or not replica.stages[stage_id].is_busy:
+            started_at = max(end, batch.ends_before[number + 1])
             for chunk in chunks:
                 chunk.request.preempted_time += started_at - end
     resumed.stage_started_at = started_at
-    is_queued = stage_id > 0 and started_at >= now
-    replica.resume(resumed, stage_id, batch.durations[stage_id], is_queued=is_queued)
+    replica.resume(resumed, stage_id, batch.durations[stage_id])

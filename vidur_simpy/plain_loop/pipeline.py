@@ -292,6 +292,7 @@ class PipelineLane:
                     env._now = now
                     now = yield ends_at
         finally:
+            is_over = now == env._now
             now = env._now
             for _, cohort, num_decodes, taken, *_ in under_way:
                 context = pairs = 0 if cohort is None else cohort.processed + num_decodes
@@ -322,4 +323,4 @@ class PipelineLane:
                 BatchUnderWay(cohort, taken, formed_at, ends, ends_before, durations)
                 for _, cohort, _, taken, formed_at, ends, ends_before, durations, _ in under_way
             ]
-            leave(replica, waiting, running, batches, self._make, num_schedules)
+            leave(replica, waiting, running, batches, self._make, num_schedules, is_over=is_over)
