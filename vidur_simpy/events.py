@@ -53,8 +53,9 @@ class TypedEvent(Event):
         self.env = signal.env
         self.callbacks = callbacks
         self.signal = signal
-        self._ok = True
         self._value = value
+
+    _ok = True  # it never fails
 
     @property
     def event_type(self) -> EventType:
@@ -99,13 +100,13 @@ class Signal:
         "_handlers",
         "_ids",
         "_last",
-        "_listeners",
         "_may_merge",
         "_pending",
         "_priority",
         "_queue",
         "env",
         "event_type",
+        "listeners",
         "num_merged",
         "where",
     )
@@ -123,7 +124,7 @@ class Signal:
         self._handlers = () if handler is None else (handler,)
         self._priority, self._ids = env.key_of(event_type)
         self._queue: list[Any] = env._queue
-        self._listeners = env._listeners
+        self.listeners = env._listeners[event_type]
         self._awaited: TypedEvent | None = None
         self._pending: deque[TypedEvent] = deque()
         self._last: TypedEvent | None = None
@@ -147,7 +148,7 @@ class Signal:
                 self._may_merge
                 and last is not None
                 and last.callbacks  # its process was not interrupted meanwhile
-                and not self._listeners
+                and self.env.is_unobserved
             ):
                 self.num_merged += 1
                 return
@@ -157,11 +158,6 @@ class Signal:
             self._awaited = None
             event._value = value
         heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether somebody listens or records, so that every event has to happen."""
-        return bool(self._listeners)
 
     def wait(self) -> TypedEvent:
         """Return the event to yield: the first one raised and not yet handled, or a new one."""
@@ -174,15 +170,21 @@ class Signal:
         self._awaited = self._last = event = self._next_event(None)
         return event
 
+    def tell(self, event: TypedEvent) -> None:
+        """Call the listeners: the event has been handled."""
+        self.let_go(event)
+        for listener in tuple(self.listeners):
+            listener(event)
+
     def let_go(self, event: TypedEvent) -> None:
         """Never use an event again: somebody may have kept it."""
         if self._last is event:
             self._last = None
 
     def _next_event(self, value: Any) -> TypedEvent:
-        """Return a new event, or if nobody listens the last one again, once it was handled."""
+        """Return a new event, or if nobody listens to it the last one again, once it is handled."""
         event = self._last
-        if event is None or event.callbacks is not None or self._listeners:
+        if event is None or event.callbacks is not None or self.listeners:
             return TypedEvent(self, value, [*self._handlers])
         event.callbacks = [*self._handlers]
         event._value = value

@@ -65,7 +65,6 @@ class FastStage:
         "_is_last",
         "_is_plain",
         "_limit",
-        "_listeners",
         "_num_settled",
         "_replica",
         "_run",
@@ -76,7 +75,6 @@ class FastStage:
     def __init__(self, replica: Replica, stage: Stage) -> None:
         env = stage.env
         self._env = env
-        self._listeners = env._listeners
         self._replica = replica
         self._stage = stage
         self._is_first = stage.stage_id == 0
@@ -137,7 +135,7 @@ class FastStage:
         if self.num_steps:
             del self._env.shortcuts[self]
             self._duration = self.end_run()
-        if self._listeners or stage.put_queue:
+        if not self._env.is_unobserved or stage.put_queue:
             stage.finish(batch, self._duration)
             return
         stage.users.clear()

@@ -100,40 +100,52 @@ class Stage(simpy.Resource):
 
     def _execute_batches(self) -> ProcessGenerator:
         """Process: at each REPLICA_STAGE_SCHEDULE, if idle, execute the first batch queued."""
-        env = self.env
+        env, schedule, users, queue = self.env, self.schedule, self.users, self.queue
         while True:
             try:
-                yield self.schedule.wait()
+                yield schedule.wait()
             except simpy.Interrupt as interrupt:
                 under_way = self.fast.take_over()
-                paused_at = env.now
+                if under_way is not None:
+                    yield from self._stall(interrupt, *under_way)
+                    continue
                 self._is_paused = True
                 yield from pause(env, interrupt)
                 self._is_paused = False
-                if under_way is None:
-                    self.schedule.raise_now()
-                else:
-                    yield from self._execute(*_delayed(under_way, paused_at, env.now))
+                schedule.raise_now()
                 continue
-            if not self.users and self.queue:
-                batch = self.queue.popleft()
-                self.users.append(batch)
-                duration = self.start(batch)
-                yield from self._execute(batch, env._now + duration, duration)
-
-    def _execute(self, batch: Batch, ends_at: float, duration: float) -> ProcessGenerator:
-        """Part of a process: let a batch take its time, and that of every interrupt."""
-        env = self.env
-        while True:
+            if users or not queue:
+                continue
+            batch = queue.popleft()
+            users.append(batch)
+            duration = self.start(batch)
+            ends_at = env._now + duration
             end = self.end.at(ends_at, batch)
             try:
                 yield end
-                break
             except simpy.Interrupt as interrupt:
-                paused_at = env.now
                 env.cancel(end)
-                yield from pause(env, interrupt)
-                batch, ends_at, duration = _delayed((batch, ends_at, duration), paused_at, env.now)
+                yield from self._stall(interrupt, batch, ends_at, duration)
+            else:
+                self.finish(batch, duration)
+
+    def _stall(
+        self, interrupt: simpy.Interrupt | None, batch: Batch, ends_at: float, duration: float
+    ) -> ProcessGenerator:
+        """Part of a process: let a batch end later, by the time of each interrupt."""
+        env = self.env
+        while interrupt is not None:
+            paused_at = env.now
+            yield from pause(env, interrupt)
+            paused_for = env.now - paused_at
+            ends_at, duration = max(env.now, ends_at + paused_for), duration + paused_for
+            end = self.end.at(ends_at, batch)
+            try:
+                yield end
+                interrupt = None
+            except simpy.Interrupt as another:
+                env.cancel(end)
+                interrupt = another
         self.finish(batch, duration)
 
     def start(self, batch: Batch) -> float:
@@ -176,7 +188,7 @@ class Stage(simpy.Resource):
         if self.put_queue:
             self._trigger_put(None)
         # With one stage, a batch that arrives at this instant does so after the event.
-        if self.queue or len(replica.stages) > 1 or self.schedule.is_heard:
+        if self.queue or len(replica.stages) > 1 or not self.env.is_unobserved:
             self.schedule.raise_now()
         if self.stage_id + 1 == len(replica.stages):
             replica.batch_end.raise_now(batch)
@@ -185,15 +197,6 @@ class Stage(simpy.Resource):
         if self.stage_id == 0:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()
-
-
-def _delayed(
-    under_way: tuple[Batch, float, float], paused_at: float, now: float
-) -> tuple[Batch, float, float]:
-    """Return a batch with its end and its duration, later by a pause that is over now."""
-    batch, ends_at, duration = under_way
-    pause = now - paused_at
-    return batch, max(now, ends_at + pause), duration + pause
 
 
 def pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:
