@@ -135,7 +135,12 @@ class Signal:
 
     def at(self, time: float, value: Any = None) -> TypedEvent:
         """Return the event at exactly `time` in seconds."""
-        event = self._last = self._next_event(value)
+        event = self._last
+        if event is None or event.callbacks is not None or self.listeners:
+            self._last = event = TypedEvent(self, value, [*self._handlers])
+        else:
+            event.callbacks = [*self._handlers]
+            event._value = value
         heappush(self._queue, (time, self._priority, next(self._ids), event))
         return event
 
@@ -151,12 +156,11 @@ class Signal:
                 and self.env.is_unobserved
             ):
                 self.num_merged += 1
-                return
-            event = self._next_event(value)
-            self._pending.append(event)
-        else:
-            self._awaited = None
-            event._value = value
+            else:
+                self._pending.append(self.at(self.env._now, value))
+            return
+        self._awaited = None
+        event._value = value
         heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
 
     def wait(self) -> TypedEvent:
@@ -167,7 +171,12 @@ class Signal:
             if event.callbacks is not None:
                 self._last = event
                 return event
-        self._awaited = self._last = event = self._next_event(None)
+        event = self._last
+        if event is None or event.callbacks is not None or self.listeners:
+            self._last = event = TypedEvent(self, None, [])
+        else:
+            event.callbacks = []
+        self._awaited = event
         return event
 
     def tell(self, event: TypedEvent) -> None:
@@ -180,12 +189,3 @@ class Signal:
         """Never use an event again: somebody may have kept it."""
         if self._last is event:
             self._last = None
-
-    def _next_event(self, value: Any) -> TypedEvent:
-        """Return a new event, or if nobody listens to it the last one again, once it is handled."""
-        event = self._last
-        if event is None or event.callbacks is not None or self.listeners:
-            return TypedEvent(self, value, [*self._handlers])
-        event.callbacks = [*self._handlers]
-        event._value = value
-        return event
