@@ -247,7 +247,8 @@ class Replica:
                 continue
             # The same event again: a preemption may have made room meanwhile.
             num_attempts, schedule.num_merged = 1 + schedule.num_merged, 0
-            self.form_batch(num_attempts)
+            if not self._first_stage_taken:
+                self.form_batch(num_attempts)
 
     def form_batch(self, num_attempts: int = 1) -> None:
         """Form a batch and send it to the first stage, if it is free and there is any."""

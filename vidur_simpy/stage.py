@@ -57,6 +57,8 @@ class Stage(simpy.Resource):
         self.queue: deque[Batch] = deque()
         self.users: list[Any] = []
         self.stage_time = stage_time
+        self._is_first = stage_id == 0
+        self._is_last = stage_id == replica.num_stages - 1
         self._is_paused = False
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
@@ -181,20 +183,23 @@ class Stage(simpy.Resource):
 
     def finish(self, batch: Batch, duration: float) -> None:
         """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
-        now = self.env._now
+        env, replica = self.env, self.replica
+        now = env._now
         self.users.clear()
         self.note_end(batch, duration, now)
-        replica = self.replica
         if self.put_queue:
             self._trigger_put(None)
-        # With one stage, a batch that arrives at this instant does so after the event.
-        if self.queue or len(replica.stages) > 1 or not self.env.is_unobserved:
+        if self.queue or not (self._is_first and self._is_last):
             self.schedule.raise_now()
-        if self.stage_id + 1 == len(replica.stages):
+        elif not env.is_unobserved:
+            # With one stage, a batch that arrives at this instant does so after the event: nobody
+            # has to wait for it.
+            self.schedule.at(now)
+        if self._is_last:
             replica.batch_end.raise_now(batch)
         else:
             replica.stages[self.stage_id + 1].arrival.at(now, batch)
-        if self.stage_id == 0:
+        if self._is_first:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()
 
