@@ -156,9 +156,11 @@ class DecodeSet(SharedSteps):
 
     def join(self, request: Request) -> None:
         """Add a request whose prefill is complete."""
-        super().join(request)
-        processed = request._processed
-        iteration = self.iteration
+        # As in the base class, without the call: each request of each run comes by here.
+        processed, iteration = request._processed, self.iteration
+        request.decode_set = self
+        request._joined_at_iteration = iteration
+        request._joined_at_execution_time = self.execution_time
         self.members[request] = None
         self.num_processed_tokens += processed
         last_iteration = iteration + request.num_tokens - processed

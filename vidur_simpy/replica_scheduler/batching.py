@@ -272,7 +272,9 @@ class ContinuousBatching:
             if decodes.members:
                 running.append(decodes)
         if batch.prefills:
-            completed = [*completed, *self._end_chunks(batch.prefills, now)]
+            completed_chunks = self._end_chunks(batch.prefills, now)
+            if completed_chunks:
+                completed = [*completed, *completed_chunks]
         if completed:
             self.pool.free(sum(map(self._num_blocks_held, completed)))
             self.num_running -= len(completed)
