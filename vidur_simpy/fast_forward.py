@@ -101,7 +101,12 @@ class FastStage:
     def start(self, now: float) -> None:
         """Execute the first batch queued; the stage is idle."""
         batch = self._stage.queue.popleft()
-        self._wait_for_end(batch, self._begin(batch, now))
+        if self._decode_times is None:  # runs are not known here
+            self._duration = duration = self._stage.start(batch)
+            self._stage.users.append(batch)
+            self._end_event = self._end.at(now + duration, batch)
+        else:
+            self._wait_for_end(batch, self._begin(batch, now))
 
     def _begin(self, batch: Batch, now: float) -> float:
         """Execute a batch, or a run of which it is the first; return the instant of the end."""
