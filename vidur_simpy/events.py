@@ -134,7 +134,10 @@ class Signal:
         self.num_merged = 0
 
     def at(self, time: float, value: Any = None) -> TypedEvent:
-        """Return the event at exactly `time` in seconds."""
+        """Return the event at exactly `time` in seconds.
+
+        It is the last one again, once that was handled, if nobody listens to this type.
+        """
         event = self._last
         if event is None or event.callbacks is not None or self.listeners:
             self._last = event = TypedEvent(self, value, [*self._handlers])
@@ -171,13 +174,13 @@ class Signal:
             if event.callbacks is not None:
                 self._last = event
                 return event
-        event = self._last
-        if event is None or event.callbacks is not None or self.listeners:
-            self._last = event = TypedEvent(self, None, [])
+        last = self._last
+        if last is None or last.callbacks is not None or self.listeners:
+            self._last = last = TypedEvent(self, None, [])
         else:
-            event.callbacks = []
-        self._awaited = event
-        return event
+            last.callbacks = []
+        self._awaited = last
+        return last
 
     def tell(self, event: TypedEvent) -> None:
         """Call the listeners: the event has been handled."""

@@ -258,7 +258,7 @@ class Environment(simpy.Environment):
             if callbacks is None:  # cancelled
                 continue
             self._now = now
-            if priority < _FIRST_TYPED_PRIORITY and shortcuts:
+            if shortcuts and priority < _FIRST_TYPED_PRIORITY:
                 self.settle()  # whoever is told may look
             event.callbacks = None  # type: ignore[assignment]
             try:
@@ -270,9 +270,8 @@ class Environment(simpy.Environment):
                 self._put_first(self._now, event)
                 raise
             if priority >= _FIRST_TYPED_PRIORITY:
-                signal = event.signal  # type: ignore[attr-defined]
-                if signal.listeners:
-                    signal.tell(event)
+                if event.signal.listeners:  # type: ignore[attr-defined]
+                    event.signal.tell(event)  # type: ignore[attr-defined]
             elif not event._ok and not hasattr(event, "_defused"):
                 raise event._value
             elif isinstance(event, TypedEvent):  # that a stop was put before

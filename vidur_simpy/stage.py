@@ -59,6 +59,7 @@ class Stage(simpy.Resource):
         self.stage_time = stage_time
         self._is_first = stage_id == 0
         self._is_last = stage_id == replica.num_stages - 1
+        self._is_alone = replica.num_stages == 1
         self._is_paused = False
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
@@ -189,7 +190,7 @@ class Stage(simpy.Resource):
         self.note_end(batch, duration, now)
         if self.put_queue:
             self._trigger_put(None)
-        if self.queue or not (self._is_first and self._is_last):
+        if self.queue or not self._is_alone:
             self.schedule.raise_now()
         elif not env.is_unobserved:
             # With one stage, a batch that arrives at this instant does so after the event: nobody
