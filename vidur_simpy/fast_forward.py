@@ -100,10 +100,11 @@ class FastStage:
 
     def start(self, now: float) -> None:
         """Execute the first batch queued; the stage is idle."""
-        batch = self._stage.queue.popleft()
+        stage = self._stage
+        batch = stage.queue.popleft()
         if self._decode_times is None:  # runs are not known here
-            self._duration = duration = self._stage.start(batch)
-            self._stage.users.append(batch)
+            self._duration = duration = stage.start(batch)
+            stage.users.append(batch)
             self._end_event = self._end.at(now + duration, batch)
         else:
             self._wait_for_end(batch, self._begin(batch, now))

@@ -64,6 +64,7 @@ class Stage(simpy.Resource):
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
         self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
+        self._idle_schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
         self.end = Signal(env, EventType.BATCH_STAGE_END, where)
         self.fast = FastStage(replica, self)
         self.process = env.process(self._execute_batches())
@@ -193,9 +194,9 @@ class Stage(simpy.Resource):
         if self.queue or not self._is_alone:
             self.schedule.raise_now()
         elif not env.is_unobserved:
-            # With one stage, a batch that arrives at this instant does so after the event: nobody
-            # has to wait for it.
-            self.schedule.at(now)
+            # With one stage, a batch that arrives at this instant does so after the event: it
+            # finds nothing to do, and nobody has to wait for it.
+            self._idle_schedule.at(now)
         if self._is_last:
             replica.batch_end.raise_now(batch)
         else:
