@@ -53,9 +53,8 @@ class TypedEvent(Event):
         self.env = signal.env
         self.callbacks = callbacks
         self.signal = signal
+        self._ok = True
         self._value = value
-
-    _ok = True  # it never fails
 
     @property
     def event_type(self) -> EventType:
