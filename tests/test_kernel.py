@@ -466,6 +466,33 @@ def test_an_event_kept_by_a_listener_stays_as_it_was(env):
     assert [event.value for event in kept] == [0, 1]
 
 
+def test_who_begins_to_listen_keeps_events_of_a_signal_that_used_one_again_and_again(env):
+    """Others were listened to before, so that events of this type were not told apart."""
+    kept = []
+    raised = Signal(env, EventType.REPLICA_SCHEDULE)
+    env.subscribe(BATCH_END, lambda event: None)
+
+    def process():
+        while True:
+            yield raised.wait()
+
+    def source():
+        for number in range(6):
+            yield env.timeout(1.0)
+            raised.raise_now(number)
+            raised.raise_now(-number)
+
+    env.process(process())
+    env.process(source())
+    env.run(until=2.5)
+    env.subscribe(EventType.REPLICA_SCHEDULE, kept.append)
+    env.run(until=4.5)
+    env.unsubscribe(EventType.REPLICA_SCHEDULE, kept.append)
+    env.run()
+    assert [event.value for event in kept] == [2, -2, 3, -3]
+    assert raised.num_merged == 0
+
+
 def test_an_unknown_type_cannot_be_heard(env):
     """The message names the nearest of the seven."""
     with pytest.raises(ConfigError, match="unknown event_type 'BATCH_ENDS': did you mean 'BATCH_"):

@@ -66,7 +66,9 @@ class SharedSteps:
         assert request.last_stage_end is not None
         executed = self.execution_time - request._joined_at_execution_time
         waited = self.last_end - request.last_stage_end - executed
-        return request.execution_time + executed, request.preempted_time + max(0.0, waited)
+        if waited > 0.0:
+            return request.execution_time + executed, request.preempted_time + waited
+        return request.execution_time + executed, request.preempted_time
 
 
 class DecodeSet(SharedSteps):
@@ -156,9 +158,8 @@ class DecodeSet(SharedSteps):
 
     def join(self, request: Request) -> None:
         """Add a request whose prefill is complete."""
-        super().join(request)
-        processed = request._processed
-        iteration = self.iteration
+        SharedSteps.join(self, request)
+        processed, iteration = request._processed, self.iteration
         self.members[request] = None
         self.num_processed_tokens += processed
         last_iteration = iteration + request.num_tokens - processed
@@ -178,12 +179,11 @@ class DecodeSet(SharedSteps):
 
     def leave(self, request: Request) -> None:
         """Take a member out before its last token."""
-        bucket = request._joined_at_iteration + request.num_tokens - request._processed
-        self._finishing[bucket].remove(request)
-        phase = 1 - request._processed + request._joined_at_iteration
-        self._block_phases[phase % self.block_size] -= 1
+        joined_at, processed = request._joined_at_iteration, request._processed
+        self._finishing[joined_at + request.num_tokens - processed].remove(request)
+        self._block_phases[(1 - processed + joined_at) % self.block_size] -= 1
         del self.members[request]
-        super().leave(request)
+        SharedSteps.leave(self, request)
         self.num_processed_tokens -= request._processed
 
     def absorb(self, others: Iterable[Request]) -> None:

@@ -99,13 +99,13 @@ class Signal:
         "_handlers",
         "_ids",
         "_last",
-        "_listeners",
         "_may_merge",
         "_pending",
         "_priority",
         "_queue",
         "env",
         "event_type",
+        "listeners",
         "num_merged",
         "where",
     )
@@ -123,7 +123,7 @@ class Signal:
         self._handlers = () if handler is None else (handler,)
         self._priority, self._ids = env.key_of(event_type)
         self._queue: list[Any] = env._queue
-        self._listeners = env._listeners
+        self.listeners = env._listeners[event_type]
         self._awaited: TypedEvent | None = None
         self._pending: deque[TypedEvent] = deque()
         self._last: TypedEvent | None = None
@@ -133,8 +133,16 @@ class Signal:
         self.num_merged = 0
 
     def at(self, time: float, value: Any = None) -> TypedEvent:
-        """Return the event at exactly `time` in seconds."""
-        event = self._last = self._next_event(value)
+        """Return the event at exactly `time` in seconds.
+
+        It is the last one again, once that was handled, if nobody listens to this type.
+        """
+        event = self._last
+        if event is None or event.callbacks is not None or self.listeners:
+            self._last = event = TypedEvent(self, value, [*self._handlers])
+        else:
+            event.callbacks = [*self._handlers]
+            event._value = value
         heappush(self._queue, (time, self._priority, next(self._ids), event))
         return event
 
@@ -147,21 +155,15 @@ class Signal:
                 self._may_merge
                 and last is not None
                 and last.callbacks  # its process was not interrupted meanwhile
-                and not self._listeners
+                and self.env.is_unobserved
             ):
                 self.num_merged += 1
-                return
-            event = self._next_event(value)
-            self._pending.append(event)
-        else:
-            self._awaited = None
-            event._value = value
+            else:
+                self._pending.append(self.at(self.env._now, value))
+            return
+        self._awaited = None
+        event._value = value
         heappush(self._queue, (self.env._now, self._priority, next(self._ids), event))
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether somebody listens or records, so that every event has to happen."""
-        return bool(self._listeners)
 
     def wait(self) -> TypedEvent:
         """Return the event to yield: the first one raised and not yet handled, or a new one."""
@@ -171,19 +173,21 @@ class Signal:
             if event.callbacks is not None:
                 self._last = event
                 return event
-        self._awaited = self._last = event = self._next_event(None)
-        return event
+        last = self._last
+        if last is None or last.callbacks is not None or self.listeners:
+            self._last = last = TypedEvent(self, None, [])
+        else:
+            last.callbacks = []
+        self._awaited = last
+        return last
+
+    def tell(self, event: TypedEvent) -> None:
+        """Call the listeners: the event has been handled."""
+        self.let_go(event)
+        for listener in tuple(self.listeners):
+            listener(event)
 
     def let_go(self, event: TypedEvent) -> None:
         """Never use an event again: somebody may have kept it."""
         if self._last is event:
             self._last = None
-
-    def _next_event(self, value: Any) -> TypedEvent:
-        """Return a new event, or if nobody listens the last one again, once it was handled."""
-        event = self._last
-        if event is None or event.callbacks is not None or self._listeners:
-            return TypedEvent(self, value, [*self._handlers])
-        event.callbacks = [*self._handlers]
-        event._value = value
-        return event

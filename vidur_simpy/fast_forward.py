@@ -65,7 +65,6 @@ class FastStage:
         "_is_last",
         "_is_plain",
         "_limit",
-        "_listeners",
         "_num_settled",
         "_replica",
         "_run",
@@ -76,7 +75,6 @@ class FastStage:
     def __init__(self, replica: Replica, stage: Stage) -> None:
         env = stage.env
         self._env = env
-        self._listeners = env._listeners
         self._replica = replica
         self._stage = stage
         self._is_first = stage.stage_id == 0
@@ -102,8 +100,14 @@ class FastStage:
 
     def start(self, now: float) -> None:
         """Execute the first batch queued; the stage is idle."""
-        batch = self._stage.queue.popleft()
-        self._wait_for_end(batch, self._begin(batch, now))
+        stage = self._stage
+        batch = stage.queue.popleft()
+        if self._decode_times is None:  # runs are not known here
+            self._duration = duration = stage.start(batch)
+            stage.users.append(batch)
+            self._end_event = self._end.at(now + duration, batch)
+        else:
+            self._wait_for_end(batch, self._begin(batch, now))
 
     def _begin(self, batch: Batch, now: float) -> float:
         """Execute a batch, or a run of which it is the first; return the instant of the end."""
@@ -137,7 +141,7 @@ class FastStage:
         if self.num_steps:
             del self._env.shortcuts[self]
             self._duration = self.end_run()
-        if self._listeners or stage.put_queue:
+        if not self._env.is_unobserved or stage.put_queue:
             stage.finish(batch, self._duration)
             return
         stage.users.clear()

@@ -72,7 +72,10 @@ class Environment(simpy.Environment):
         self.event_order = event_order
         # Whether events may be left out: nobody listens, and their order is by type.
         self.is_unobserved = event_order == "type"
-        self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {}
+        # Those of a type are known to all its signals: always one and the same list.
+        self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {
+            event_type: [] for event_type in EventType
+        }
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
         self.is_interrupted = False  # by a ctrl-C, which ends the run after the present event
         # What stands for several events at once, to be told before somebody looks or listens.
@@ -160,22 +163,13 @@ class Environment(simpy.Environment):
             raise unknown_name("event_type", event_type, EventType.__members__)
         for shortcut in tuple(self.shortcuts):
             shortcut.cut(self._now)
-        self._listeners.setdefault(EventType(event_type), []).append(listener)
+        self._listeners[event_type].append(listener)
         self.is_unobserved = False
 
     def unsubscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
         """Stop calling a listener."""
-        listeners = self._listeners[event_type]
-        listeners.remove(listener)
-        if not listeners:
-            del self._listeners[event_type]
-            self.is_unobserved = not self._listeners and self.event_order == "type"
-
-    def _tell(self, event: Event | None) -> None:
-        if isinstance(event, TypedEvent):
-            event.signal.let_go(event)
-            for listener in tuple(self._listeners.get(event.event_type, ())):
-                listener(event)
+        self._listeners[event_type].remove(listener)
+        self.is_unobserved = self.event_order == "type" and not any(self._listeners.values())
 
     # -- running -----------------------------------------------------------------------------
 
@@ -188,7 +182,8 @@ class Environment(simpy.Environment):
             if priority < _FIRST_TYPED_PRIORITY:
                 self.settle()
         super().step()
-        self._tell(event)
+        if isinstance(event, TypedEvent):
+            event.signal.tell(event)
 
     def run(self, until: float | Event | None = None) -> Any:
         """Run until nothing is left, until an event happens, or until exactly the instant `until`.
@@ -256,14 +251,14 @@ class Environment(simpy.Environment):
 
     def _handle_events(self) -> None:
         """Handle events until none is left: SimPy's `step` in a loop, without a call for each."""
-        queue, listeners, shortcuts = self._queue, self._listeners, self.shortcuts
+        queue, shortcuts = self._queue, self.shortcuts
         while queue:
             now, priority, _, event = heappop(queue)
             callbacks = event.callbacks
             if callbacks is None:  # cancelled
                 continue
             self._now = now
-            if priority < _FIRST_TYPED_PRIORITY and shortcuts:
+            if shortcuts and priority < _FIRST_TYPED_PRIORITY:
                 self.settle()  # whoever is told may look
             event.callbacks = None  # type: ignore[assignment]
             try:
@@ -274,10 +269,13 @@ class Environment(simpy.Environment):
                 event.callbacks = callbacks[callbacks.index(callback) + 1 :]
                 self._put_first(self._now, event)
                 raise
-            if not event._ok and not hasattr(event, "_defused"):
+            if priority >= _FIRST_TYPED_PRIORITY:
+                if event.signal.listeners:  # type: ignore[attr-defined]
+                    event.signal.tell(event)  # type: ignore[attr-defined]
+            elif not event._ok and not hasattr(event, "_defused"):
                 raise event._value
-            if listeners:
-                self._tell(event)
+            elif isinstance(event, TypedEvent):  # that a stop was put before
+                event.signal.tell(event)
             if self.is_interrupted:
                 raise KeyboardInterrupt
 

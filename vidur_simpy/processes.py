@@ -247,25 +247,27 @@ class Replica:
                 schedule.raise_now()
                 continue
             # The same event again: a preemption may have made room meanwhile.
-            self.form_batch(1 + schedule.num_merged)
-            schedule.num_merged = 0
+            num_attempts, schedule.num_merged = 1 + schedule.num_merged, 0
+            if not self._first_stage_taken:
+                self.form_batch(num_attempts)
 
     def form_batch(self, num_attempts: int = 1) -> None:
         """Form a batch and send it to the first stage, if it is free and there is any."""
-        while self.num_running_batches < self._max_running_batches and not self._first_stage_taken:
-            now = self.env._now
+        env = self.env
+        while not self._first_stage_taken and self.num_running_batches < self._max_running_batches:
+            now = env._now
             batch = self.next_batch(now, num_attempts)
             if batch is None:
                 return
             self._first_stage_taken = not self.plans_ahead
-            if self.env.is_unobserved:
+            if env.is_unobserved:
                 self.stages[0].receive(batch, now)
             else:
                 self.stages[0].arrival.at(now, batch)
             if not self.plans_ahead:
                 return
             num_attempts = 1
-            if not self.env.is_unobserved or not self.env.is_alone_at(now):
+            if not env.is_unobserved or not env.is_alone_at(now):
                 self.schedule.raise_now()
                 return
 
@@ -333,10 +335,11 @@ class Replica:
 
     def _end_batches(self) -> ProcessGenerator:
         """Process: at each BATCH_END end the batch, and schedule again."""
+        env, batch_end, schedule = self.env, self.batch_end, self.schedule
         while True:
-            batch: Batch = yield self.batch_end.wait()
-            self.end_batch(batch, self.env._now)
-            self.schedule.raise_now()
+            batch: Batch = yield batch_end.wait()
+            self.end_batch(batch, env._now)
+            schedule.raise_now()
 
     def end_batch(self, batch: Batch, now: float) -> None:
         """Free memory, and complete requests."""

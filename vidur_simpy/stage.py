@@ -57,10 +57,14 @@ class Stage(simpy.Resource):
         self.queue: deque[Batch] = deque()
         self.users: list[Any] = []
         self.stage_time = stage_time
+        self._is_first = stage_id == 0
+        self._is_last = stage_id == replica.num_stages - 1
+        self._is_alone = replica.num_stages == 1
         self._is_paused = False
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
         self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
+        self._idle_schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
         self.end = Signal(env, EventType.BATCH_STAGE_END, where)
         self.fast = FastStage(replica, self)
         self.process = env.process(self._execute_batches())
@@ -100,40 +104,52 @@ class Stage(simpy.Resource):
 
     def _execute_batches(self) -> ProcessGenerator:
         """Process: at each REPLICA_STAGE_SCHEDULE, if idle, execute the first batch queued."""
-        env = self.env
+        env, schedule, users, queue = self.env, self.schedule, self.users, self.queue
         while True:
             try:
-                yield self.schedule.wait()
+                yield schedule.wait()
             except simpy.Interrupt as interrupt:
                 under_way = self.fast.take_over()
-                paused_at = env.now
+                if under_way is not None:
+                    yield from self._stall(interrupt, *under_way)
+                    continue
                 self._is_paused = True
                 yield from pause(env, interrupt)
                 self._is_paused = False
-                if under_way is None:
-                    self.schedule.raise_now()
-                else:
-                    yield from self._execute(*_delayed(under_way, paused_at, env.now))
+                schedule.raise_now()
                 continue
-            if not self.users and self.queue:
-                batch = self.queue.popleft()
-                self.users.append(batch)
-                duration = self.start(batch)
-                yield from self._execute(batch, env._now + duration, duration)
-
-    def _execute(self, batch: Batch, ends_at: float, duration: float) -> ProcessGenerator:
-        """Part of a process: let a batch take its time, and that of every interrupt."""
-        env = self.env
-        while True:
+            if users or not queue:
+                continue
+            batch = queue.popleft()
+            users.append(batch)
+            duration = self.start(batch)
+            ends_at = env._now + duration
             end = self.end.at(ends_at, batch)
             try:
                 yield end
-                break
             except simpy.Interrupt as interrupt:
-                paused_at = env.now
                 env.cancel(end)
-                yield from pause(env, interrupt)
-                batch, ends_at, duration = _delayed((batch, ends_at, duration), paused_at, env.now)
+                yield from self._stall(interrupt, batch, ends_at, duration)
+            else:
+                self.finish(batch, duration)
+
+    def _stall(
+        self, interrupt: simpy.Interrupt | None, batch: Batch, ends_at: float, duration: float
+    ) -> ProcessGenerator:
+        """Part of a process: let a batch end later, by the time of each interrupt."""
+        env = self.env
+        while interrupt is not None:
+            paused_at = env.now
+            yield from pause(env, interrupt)
+            paused_for = env.now - paused_at
+            ends_at, duration = max(env.now, ends_at + paused_for), duration + paused_for
+            end = self.end.at(ends_at, batch)
+            try:
+                yield end
+                interrupt = None
+            except simpy.Interrupt as another:
+                env.cancel(end)
+                interrupt = another
         self.finish(batch, duration)
 
     def start(self, batch: Batch) -> float:
@@ -169,31 +185,25 @@ class Stage(simpy.Resource):
 
     def finish(self, batch: Batch, duration: float) -> None:
         """At BATCH_STAGE_END: the stage is idle again and the batch goes its way."""
-        now = self.env._now
+        env, replica = self.env, self.replica
+        now = env._now
         self.users.clear()
         self.note_end(batch, duration, now)
-        replica = self.replica
         if self.put_queue:
             self._trigger_put(None)
-        # With one stage, a batch that arrives at this instant does so after the event.
-        if self.queue or len(replica.stages) > 1 or self.schedule.is_heard:
+        if self.queue or not self._is_alone:
             self.schedule.raise_now()
-        if self.stage_id + 1 == len(replica.stages):
+        elif not env.is_unobserved:
+            # With one stage, a batch that arrives at this instant does so after the event: it
+            # finds nothing to do, and nobody has to wait for it.
+            self._idle_schedule.at(now)
+        if self._is_last:
             replica.batch_end.raise_now(batch)
         else:
             replica.stages[self.stage_id + 1].arrival.at(now, batch)
-        if self.stage_id == 0:
+        if self._is_first:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()
-
-
-def _delayed(
-    under_way: tuple[Batch, float, float], paused_at: float, now: float
-) -> tuple[Batch, float, float]:
-    """Return a batch with its end and its duration, later by a pause that is over now."""
-    batch, ends_at, duration = under_way
-    pause = now - paused_at
-    return batch, max(now, ends_at + pause), duration + pause
 
 
 def pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:

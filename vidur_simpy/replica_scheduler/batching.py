@@ -135,8 +135,7 @@ class ContinuousBatching:
         decodes, prefills, ahead = self._gather()
         if decodes is None:
             return None, prefills
-        pool = self.pool
-        num_blocks = decodes.num_blocks_needed
+        pool, num_blocks = self.pool, decodes.num_blocks_needed
         # An unfinished prefill behind the last decode of a full batch is not reached.
         all_reached = len(decodes.members) + bool(prefills) <= self.max_batch_size
         if all_reached and pool.num_free > num_blocks:
@@ -272,7 +271,9 @@ class ContinuousBatching:
             if decodes.members:
                 running.append(decodes)
         if batch.prefills:
-            completed = [*completed, *self._end_chunks(batch.prefills, now)]
+            completed_chunks = self._end_chunks(batch.prefills, now)
+            if completed_chunks:
+                completed = [*completed, *completed_chunks]
         if completed:
             self.pool.free(sum(map(self._num_blocks_held, completed)))
             self.num_running -= len(completed)

@@ -60,8 +60,10 @@ class SarathiScheduler(ContinuousBatching):
     def schedule(self, now: float) -> Batch | None:
         """Take all decodes, continue partial prefills, admit new prompts."""
         decodes, prefills = self.take_decodes()
-        num_decodes = 0 if decodes is None else len(decodes.members)
-        chunks = self.prompt_chunks(prefills, num_decodes, now)
+        chunks: list[PrefillChunk] = []
+        if prefills or self.waiting or self.running:
+            num_decodes = 0 if decodes is None else len(decodes.members)
+            chunks = self.prompt_chunks(prefills, num_decodes, now)
         return None if decodes is None and not chunks else Batch(decodes, chunks)
 
     def prompt_chunks(
@@ -73,7 +75,9 @@ class SarathiScheduler(ContinuousBatching):
 
         skipped: list[Request] = []
         for request in prefills:
-            num_tokens = min(request.prefill_target - request.num_scheduled_tokens, left)
+            num_tokens = request.prefill_target - request.num_scheduled_tokens
+            if num_tokens > left:
+                num_tokens = left
             if num_tokens > 0:
                 chunks.append(request.schedule_chunk(num_tokens))
                 left -= num_tokens
@@ -84,7 +88,8 @@ class SarathiScheduler(ContinuousBatching):
 
         waiting = self.waiting
         if waiting and left > 0:
-            waiting.order(now)
+            if not waiting.is_steady:
+                waiting.order(now)
             # As in the reference, the batch limit stops admission only when it is met exactly:
             # continued prefills may have passed it already.
             while (
