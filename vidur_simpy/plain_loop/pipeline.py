@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from math import inf, nan
-from operator import add
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vidur_simpy.entities import Batch

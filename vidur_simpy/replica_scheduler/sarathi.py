@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from pydantic import Field
 
+from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, PrefillChunk, Request, by_arrival
 from vidur_simpy.replica_scheduler.batching import ContinuousBatching
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
@@ -66,6 +69,48 @@ class SarathiScheduler(ContinuousBatching):
             chunks = self.prompt_chunks(prefills, num_decodes, now)
         return None if decodes is None and not chunks else Batch(decodes, chunks)
 
+    def take_decodes(self) -> tuple[DecodeSet | None, list[Request]]:
+        """As :class:`ContinuousBatching`; of several decode sets, what is for later stays one.
+
+        In a pipeline each stage has its own set. Two of them meet at times and are more than a
+        batch takes; then only those move that fill up the first.
+        """
+        running, pool = self.running, self.pool
+        if len(running) < 2 or pool.num_free <= self.max_batch_size:
+            return super().take_decodes()  # somebody may have to give way
+        decodes, prefills, self.running = self._first_decodes(running)
+        if decodes is not None:
+            pool.reserve(decodes.num_blocks_needed)
+        return decodes, prefills
+
+    def _first_decodes(
+        self, running: list[DecodeSet | Request]
+    ) -> tuple[DecodeSet | None, list[Request], list[DecodeSet | Request]]:
+        """Return a batch's decodes, the unfinished prefills met on the way, and the rest."""
+        decodes: DecodeSet | None = None
+        prefills: list[Request] = []
+        rest: list[DecodeSet | Request] = []
+        left = self.max_batch_size
+        for entry in running:
+            if not left:
+                rest.append(entry)
+            elif isinstance(entry, DecodeSet):
+                if decodes is None:
+                    decodes = entry
+                else:
+                    decodes.absorb(list(islice(entry.members, left)))
+                    if entry.members:
+                        rest.append(entry)
+                left = self.max_batch_size - len(decodes.members)
+            elif entry.is_prefill_complete:
+                if decodes is None:
+                    decodes = DecodeSet(self.pool.block_size)
+                decodes.join(entry)
+                left -= 1
+            else:
+                prefills.append(entry)
+        return decodes, prefills, rest
+
     def prompt_chunks(
         self, prefills: list[Request], num_decodes: int, now: float
     ) -> list[PrefillChunk]:
@@ -107,6 +152,17 @@ class SarathiScheduler(ContinuousBatching):
 
     def _keep_for_later(self, skipped: list[Request]) -> None:
         """Put what got no tokens back beside what `take_decodes` left, in order of arrival."""
-        later = [*skipped, *(entry for entry in self.running if isinstance(entry, Request))]
+        if not skipped and len(self.running) == 1 and isinstance(self.running[0], DecodeSet):
+            self.running[0].sort_by_arrival()
+            return
+        later = skipped.copy()
+        for entry in self.running:
+            if isinstance(entry, DecodeSet):
+                members = list(entry.members)
+                for request in members:
+                    entry.leave(request)
+                later += members
+            else:
+                later.append(entry)
         later.sort(key=by_arrival)
         self.running = list(later)
