@@ -127,9 +127,8 @@ class Lane:
         is_formed = False
         free = least = num_blocks
         busy = usage = usage_since = 0.0
-        num_completed = num_batches = num_context = num_pairs = num_prefill_tokens = (
-            num_decode_tokens
-        ) = 0
+        num_completed = num_batches = num_context = num_pairs = 0
+        num_prefill_tokens = num_decode_tokens = 0
         now = yield inf
         try:
             while True:
@@ -214,9 +213,13 @@ class Lane:
                     usage_since = now
                 num_running = size + is_partial
                 num_decodes = size
-                if waiting and not is_mixed and num_running < max_num_seqs:
-                    if free - -(-waiting[0][1] // block_size) >= watermark:
-                        num_decodes = 0  # prompts go first, and alone
+                if (
+                    not is_mixed
+                    and waiting
+                    and num_running < max_num_seqs
+                    and free - -(-waiting[0][1] // block_size) >= watermark
+                ):
+                    num_decodes = 0  # prompts go first, and alone
                 left, room = max_tokens, max_batch_size
                 context = 0
                 if num_decodes:

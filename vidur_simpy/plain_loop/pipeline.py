@@ -37,8 +37,8 @@ UnderWay: TypeAlias = tuple[
     tuple[float, ...],
     float,
 ]
-"""A batch in the pipeline: when it ends; what decodes, and how many; prompts with the tokens of each
-that are computed; when it was formed; when its stages end, and when those of the batch before did;
+"""A batch in the pipeline: when it ends; what decodes, and how many; prompts with the tokens of
+each that are computed; when it was formed; when its stages end, and when they do with the batch before;
 their durations, and the sum of them. Times in seconds."""
 
 
@@ -120,7 +120,9 @@ class PipelineLane:
                     if is_alike:
                         busy_time += durations[0]
                     else:
-                        busy = [time + duration for time, duration in zip(busy, durations)]
+                        busy = [
+                            time + duration for time, duration in zip(busy, durations, strict=True)
+                        ]
                     if cohort is not None:
                         cohort.iteration += 1
                         cohort.processed += num_decodes
@@ -249,7 +251,7 @@ class PipelineLane:
                         ends_before = free_at
                         free_at = []
                         executed, end = 0.0, now
-                        for duration, free_then in zip(durations, ends_before):
+                        for duration, free_then in zip(durations, ends_before, strict=True):
                             if free_then > end:
                                 end = free_then
                             end += duration

@@ -102,7 +102,7 @@ class RequestArrays:
         return dataclasses.replace(self, **columns)
 
     def iterate(self, first: int = 0) -> Iterator[Request]:
-        """Make each request from row `first` on when it is asked for, so that others take no memory.
+        """Make each request from row `first` on when it is asked for; the others take no memory.
 
         >>> next(RequestArrays([0.5], [100], [10]).iterate())
         <Request 0: 0 of 100 + 10 tokens>
