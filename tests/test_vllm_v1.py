@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -219,20 +218,40 @@ def test_equals_may_evict_one_another_here_too(data: st.DataObject) -> None:
 def check_blocks(scheduler: Any) -> None:
     """A block's references are its holders, and every other block is free."""
     pool, cache = scheduler.pool, scheduler.blocks.cache
-    holders: Counter[Any] = Counter()
     num_counted = 0
+    held: set[Any] = set()
     for state in scheduler.running:
-        held = pool.blocks_of(scheduler._num_computed(state))
-        assert len(state.blocks) <= held
-        holders.update(state.blocks)
-        num_counted += held - len(state.blocks)
-    assert pool.num_free == pool.num_blocks - 1 - len(holders) - num_counted
-    assert not any(scheduler._states[request].blocks for request in scheduler.waiting)
+        num_blocks = pool.blocks_of(scheduler._num_computed(state))
+        if state.holder is not None:
+            runs = state.holder.runs
+            assert state.holder.num_blocks == sum(run.stop - run.first for run in runs)
+            assert all(state.holder in run.holders for run in runs)
+            num_blocks -= state.holder.num_blocks
+            held.update(runs)
+        assert num_blocks >= 0
+        num_counted += num_blocks
+    num_shared = sum(run.stop - run.first for run in held)
+    assert pool.num_free == pool.num_blocks - 1 - num_shared - num_counted
+    holders = [scheduler._states[request].holder for request in scheduler.waiting]
+    assert not any(holder.runs or holder.num_blocks for holder in holders if holder)
     if cache is not None:
-        known = {*holders, *cache._cached.values(), *cache._queue, *chain(*cache._copies.values())}
-        assert all(block.num_holders == holders[block] for block in known)
-        assert sum(block.num_alike for block in cache._queue) <= pool.num_free
-        assert all(cache._cached[key].key == key >= 0 for key in cache._cached)
+        free = [run for run in queued(cache) if run.prefix >= 0]
+        assert not any(run.holders for run in free)
+        assert all(run.first < run.stop for run in free)
+        cached = [run for runs in cache._runs.values() for run in runs]
+        assert Counter(cached) == Counter([*held, *free])
+        num_queued = sum(run.stop - run.first for run in queued(cache))
+        assert num_queued == cache._num_queued <= pool.num_free
+
+
+def queued(cache: Any) -> list[Any]:
+    """The runs of free blocks, the one that is reused first ahead."""
+    runs, run = [], cache._queue.next
+    while run is not cache._queue:
+        assert run.previous.next is run
+        runs.append(run)
+        run = run.next
+    return runs
 
 
 @given(runs())

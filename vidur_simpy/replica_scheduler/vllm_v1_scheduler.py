@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import SimulationError
-from vidur_simpy.prefix_cache import Block, PrefixCache, num_unheld
+from vidur_simpy.prefix_cache import Hit, PrefixCache
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
@@ -321,8 +321,8 @@ class VllmV1Scheduler:
             state = self._states[waiting[position]]
             if state is self._hopeless:
                 return
-            hits = self.blocks.longest_hit(state)
-            num_cached_tokens = len(hits) * self.pool.block_size
+            hit = self.blocks.longest_hit(state)
+            num_cached_tokens = hit.num_blocks * self.pool.block_size
             num_tokens = min(state.request.prefill_target - num_cached_tokens, plan.cap)
             if num_tokens > plan.budget and not self.policy.enable_chunked_prefill:
                 if self.release.stops_at_a_prompt_above_the_budget:
@@ -330,26 +330,26 @@ class VllmV1Scheduler:
                 position += 1
                 continue
             num_tokens = min(num_tokens, plan.budget)
-            if not self._fits(state, hits, num_cached_tokens + num_tokens):
+            if not self._fits(state, hit, num_cached_tokens + num_tokens):
                 # Nor will it before blocks are freed or a prompt goes on: no need to look again.
                 self._hopeless = state if self._reserves_full_isl else None
                 return
             del waiting[position]
-            self._start(state, hits)
+            self._start(state, hit)
             self._give(state, num_tokens, plan)
 
-    def _fits(self, state: RequestState, hits: list[Block], num_tokens: int) -> bool:
+    def _fits(self, state: RequestState, hit: Hit, num_tokens: int) -> bool:
         """Whether blocks for the first tokens, or for all that are known, are free."""
         if self._reserves_full_isl:
             num_tokens = max(num_tokens, state.request.prefill_target)
-        num_blocks = self.pool.blocks_of(num_tokens) - len(hits) + num_unheld(hits)
+        num_blocks = self.pool.blocks_of(num_tokens) - hit.num_blocks + hit.num_unheld
         if self.running:
             num_blocks += self._num_watermark_blocks
         return num_blocks <= self.pool.num_free
 
-    def _start(self, state: RequestState, hits: list[Block]) -> None:
+    def _start(self, state: RequestState, hit: Hit) -> None:
         """Move a request to `running`, behind the tokens that are cached."""
-        self.blocks.hold(state, hits)
+        self.blocks.hold(state, hit)
         self.running[state] = self.prefills[state] = None
         state.admission = self._num_admissions
         self._num_admissions += 1

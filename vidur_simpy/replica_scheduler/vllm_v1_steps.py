@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
-from vidur_simpy.prefix_cache import Block, BlockKeys
+from vidur_simpy.prefix_cache import Holder
 from vidur_simpy.replica_scheduler.vllm_v1_release import Release
 from vidur_simpy.sums import Numbers, repeated
 
@@ -33,18 +33,15 @@ class RequestState:
         Step of the lockstep from which its computed tokens are counted; None outside of it.
     skipped_at : int
         Last step of the lockstep that it was left out of.
-    blocks : list of Block
-        Those of its blocks, from the first, that are in the prefix cache; the rest are counted.
-    keys : BlockKeys or None
-        Made when first needed.
+    holder : Holder or None
+        Its blocks in the prefix cache, from the first on; the rest are counted.
     """
 
     __slots__ = (
         "admission",
-        "blocks",
         "end",
+        "holder",
         "joined_at",
-        "keys",
         "request",
         "skipped_at",
     )
@@ -55,8 +52,7 @@ class RequestState:
         self.admission = -1
         self.joined_at: int | None = None
         self.skipped_at = -1
-        self.blocks: list[Block] = []
-        self.keys: BlockKeys | None = None
+        self.holder: Holder | None = None
 
     @property
     def num_left(self) -> int:
