@@ -71,12 +71,19 @@ class RequestBlocks:
         self._num_hit_tokens += num_tokens
         self._num_queried_tokens += request.prefill_target
 
-    def share(self, state: RequestState, num_tokens: int) -> None:
-        """Let other requests find the blocks that the first `num_tokens` tokens of one fill."""
+    def grow(self, state: RequestState, num_tokens: int) -> None:
+        """Take the blocks of further tokens of a prompt; other requests find those that are full.
+
+        The tokens are not counted in ``num_scheduled_tokens`` yet.
+        """
+        block_size, num_computed = self.pool.block_size, state.request.num_scheduled_tokens
+        num_tokens += num_computed
+        num_blocks = -(-num_tokens // block_size) - -(-num_computed // block_size)
+        if num_blocks:
+            self.take(num_blocks)
         holder = state.holder
         if holder is not None and self.cache is not None:
-            num_filled = num_tokens // self.pool.block_size
-            self.cache.register(holder, min(num_filled, holder.num_shareable))
+            self.cache.register(holder, min(num_tokens // block_size, holder.num_shareable))
 
     def suspend(self, state: RequestState, num_tokens: int, num_findable: int) -> None:
         """Free the blocks of a request's first `num_tokens` tokens, which are all it holds.

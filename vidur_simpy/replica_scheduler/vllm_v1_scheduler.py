@@ -15,6 +15,7 @@ from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
 from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
 from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Plan, RequestState, Step
+from vidur_simpy.replica_scheduler.vllm_v1_walk import Walk
 from vidur_simpy.sums import Numbers
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["VllmV1Scheduler"]
 
 _admission = attrgetter("admission")
-_unimportance = attrgetter("request.priority", "request.arrived_at")
 
 
 class VllmV1Scheduler:
@@ -66,6 +66,9 @@ class VllmV1Scheduler:
         self.in_flight: deque[Step] = deque()
         cache = PrefixCache(pool, reuses_blank_first=release.reuses_blank_blocks_first)
         self.blocks = RequestBlocks(pool, cache if policy.enable_prefix_caching else None)
+        self._max_num_batched_tokens = policy.max_num_batched_tokens
+        self._max_num_running = policy.max_num_active_seqs or policy.max_num_seqs
+        self._has_cap = policy.long_prefill_token_threshold > 0
         self._reserves_full_isl = policy.scheduler_reserve_full_isl and release.has_admission_gate
         self._num_watermark_blocks = int(policy.watermark * pool.num_blocks)
         self._states: dict[Request, RequestState] = {}
@@ -127,10 +130,11 @@ class VllmV1Scheduler:
 
     def _plan_step(self, now: float) -> Step | None:
         """Plan what runs, then who is admitted; None if that comes to no tokens."""
-        plan = Plan(self.policy.max_num_batched_tokens, self._long_prefill_cap())
+        cap = self._long_prefill_cap() if self._has_cap else self.max_model_len
+        plan = Plan(self._max_num_batched_tokens, cap)
         if not self._serve_everybody(plan):
-            self._walk_running(plan)
-        if not plan.has_preempted:
+            Walk(self, plan).run()
+        if self.waiting and not plan.has_preempted:
             self._admit(plan, now)
         step = self._form(plan)
         if step is not None and step.yields_tokens:
@@ -158,24 +162,24 @@ class VllmV1Scheduler:
         """Return the most tokens that one request may get in this step."""
         cap = self.policy.long_prefill_token_threshold
         num_requests = len(self.running) + len(self.waiting)
-        is_spared = num_requests <= 1 and self.release.spares_a_lone_request_the_cap
-        if not cap or is_spared:
+        if num_requests <= 1 and self.release.spares_a_lone_request_the_cap:
             return self.max_model_len
         if self.policy.long_prefill_token_threshold_adaptive:
-            return max(cap, self.policy.max_num_batched_tokens // num_requests)
+            return max(cap, self._max_num_batched_tokens // num_requests)
         return cap
 
     def _form(self, plan: Plan) -> Step | None:
         lockstep = self.lockstep
-        given = [item for item in plan.num_tokens.items() if item[0].joined_at is None]
-        if not given and lockstep.num_members == len(plan.skipped):
+        if not plan.chunks and lockstep.num_members == len(plan.skipped):
             return None
         num_decodes, context, ending = lockstep.plan(plan.skipped)
-        chunks = [self._chunk(state, num_tokens, ending) for state, num_tokens in given]
+        chunks = [self._chunk(*item, ending) for item in plan.chunks.items()]
         step = Step(lockstep.num_planned, chunks, num_decodes, context, self.running)
         step.skipped = plan.skipped
-        # Blocks are freed in the order of the plan; that decides which are reused first.
-        step.ending = sorted(ending, key=_admission)
+        if ending:
+            # Blocks are freed in the order of the plan; that decides which are reused first.
+            ending.sort(key=_admission)
+            step.ending = ending
         return step
 
     def _chunk(
@@ -186,14 +190,14 @@ class VllmV1Scheduler:
         If there is only one token more to come, it is `ending` instead.
         """
         request = state.request
-        request.num_scheduled_tokens += num_tokens
-        if not state.num_left:
+        num_computed = request.num_scheduled_tokens = request.num_scheduled_tokens + num_tokens
+        if num_computed == request.prefill_target:
             del self.prefills[state]
-            if request.prefill_target == state.end - 1:
+            if num_computed == state.end - 1:
                 ending.append(state)
             else:
                 self.lockstep.add(state)
-        return PrefillChunk(request, num_tokens, request.num_scheduled_tokens)
+        return PrefillChunk(request, num_tokens, num_computed)
 
     # -- runs of steps -----------------------------------------------------------------------
 
@@ -210,8 +214,7 @@ class VllmV1Scheduler:
 
     def _waits_in_vain(self) -> bool:
         """Whether nobody can be admitted until somebody finishes."""
-        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
-        if len(self.running) >= limit:
+        if len(self.running) >= self._max_num_running:
             return True
         return self.waiting.is_steady and self._states[self.waiting[0]] is self._hopeless
 
@@ -247,46 +250,18 @@ class VllmV1Scheduler:
                 num_tokens = left
             if num_tokens:
                 left -= num_tokens
-                num_blocks += self._num_blocks_for(state, num_tokens)
+                num_blocks += self.num_blocks_for(state, num_tokens)
                 wanted.append((state, num_tokens))
         if num_blocks > self.pool.num_free:
             return False
+        plan.budget -= lockstep.num_members
         for state, num_tokens in wanted:
-            self._give(state, num_tokens, plan)
-        self.blocks.take(num_blocks_in_lockstep)
-        plan.budget = left
+            self.give_chunk(state, num_tokens, plan)
+        if num_blocks_in_lockstep:
+            self.blocks.take(num_blocks_in_lockstep)
         return True
 
-    def _walk_running(self, plan: Plan) -> None:
-        """Plan one request after the other: somebody gets less, or has to go."""
-        plan.order = list(self.running)
-        while plan.position < len(plan.order) and plan.budget > 0:
-            state = plan.order[plan.position]
-            wanted = state.num_left if state.joined_at is None else 1
-            num_tokens = min(wanted, plan.cap, plan.budget)
-            if num_tokens:
-                if not self._make_room(state, num_tokens, plan):
-                    break  # nobody behind it is looked at
-                self._give(state, num_tokens, plan)
-            plan.position += 1
-        plan.skipped = [
-            state
-            for state in plan.order
-            if state.joined_at is not None and state not in plan.num_tokens
-        ]
-
-    def _make_room(self, state: RequestState, num_tokens: int, plan: Plan) -> bool:
-        """Preempt until the blocks of further tokens are free; False if `state` itself went."""
-        while self._num_blocks_for(state, num_tokens) > self.pool.num_free:
-            victim = plan.order[-1]
-            if self.policy.policy == "priority":
-                victim = max(plan.order, key=_unimportance)  # of equals, the first
-            self._preempt(victim, plan.take_back(victim, self.release))
-            if victim is state:
-                return False
-        return True
-
-    def _preempt(self, victim: RequestState, num_tokens: int) -> None:
+    def preempt(self, victim: RequestState, num_tokens: int) -> None:
         """Free a request's blocks, `num_tokens` just planned included; send it back to `waiting`.
 
         A token that a step in flight samples is still delivered.
@@ -315,28 +290,30 @@ class VllmV1Scheduler:
         """Admit waiting requests from the head on, while tokens, places and blocks last."""
         waiting = self.waiting
         waiting.order(now)
-        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
         position = 0
-        while position < len(waiting) and plan.budget > 0 and len(self.running) < limit:
+        while position < len(waiting) and plan.budget > 0:
+            if len(self.running) >= self._max_num_running:
+                return
             state = self._states[waiting[position]]
             if state is self._hopeless:
                 return
             hit = self.blocks.longest_hit(state)
             num_cached_tokens = hit.num_blocks * self.pool.block_size
             num_tokens = min(state.request.prefill_target - num_cached_tokens, plan.cap)
-            if num_tokens > plan.budget and not self.policy.enable_chunked_prefill:
-                if self.release.stops_at_a_prompt_above_the_budget:
-                    return
-                position += 1
-                continue
-            num_tokens = min(num_tokens, plan.budget)
+            if num_tokens > plan.budget:
+                if not self.policy.enable_chunked_prefill:
+                    if self.release.stops_at_a_prompt_above_the_budget:
+                        return
+                    position += 1
+                    continue
+                num_tokens = plan.budget
             if not self._fits(state, hit, num_cached_tokens + num_tokens):
                 # Nor will it before blocks are freed or a prompt goes on: no need to look again.
                 self._hopeless = state if self._reserves_full_isl else None
                 return
             del waiting[position]
             self._start(state, hit)
-            self._give(state, num_tokens, plan)
+            self.give_chunk(state, num_tokens, plan)
 
     def _fits(self, state: RequestState, hit: Hit, num_tokens: int) -> bool:
         """Whether blocks for the first tokens, or for all that are known, are free."""
@@ -366,18 +343,23 @@ class VllmV1Scheduler:
             return self.lockstep.num_computed(state)
         return state.request.num_scheduled_tokens if state.num_left else state.end - 1
 
-    def _num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
-        """Blocks that further tokens take."""
-        blocks_of, num_computed = self.pool.blocks_of, self._num_computed(state)
-        return blocks_of(num_computed + num_tokens) - blocks_of(num_computed)
+    def num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
+        """Blocks that further tokens of a running request take."""
+        block_size, num_computed = self.pool.block_size, self._num_computed(state)
+        return -(-(num_computed + num_tokens) // block_size) - -(-num_computed // block_size)
 
-    def _give(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
-        """Plan tokens of a request, with their blocks; a prompt can be found from now on."""
-        plan.num_tokens[state] = num_tokens
+    def give_chunk(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
+        """Plan tokens of a prompt, with their blocks; it can be found that far from now on."""
+        plan.chunks[state] = num_tokens
         plan.budget -= num_tokens
-        self.blocks.take(self._num_blocks_for(state, num_tokens))
-        if state.joined_at is None:
-            self.blocks.share(state, self._num_computed(state) + num_tokens)
+        self.blocks.grow(state, num_tokens)
+        self._hopeless = None
+
+    def give_step(self, state: RequestState, plan: Plan) -> None:
+        """Plan the next token of a member of the lockstep."""
+        plan.steps.add(state)
+        plan.budget -= 1
+        self.blocks.take(self.num_blocks_for(state, 1))
         self._hopeless = None
 
     # -- outputs -----------------------------------------------------------------------------
@@ -390,17 +372,23 @@ class VllmV1Scheduler:
         step = self.in_flight.popleft()
         assert step is batch, "steps end in the order in which they were planned"
         self._waits_for_outputs = False
-        lockstep = self.lockstep
-        lockstep.end_step(now, step.execution_time)
-        for state in step.skipped:
-            if state.request.decode_set is lockstep:
-                lockstep.leave_out(state.request, step.execution_time)
+        self.lockstep.end_step(now, step.execution_time)
+        if step.skipped:
+            self._leave_out(step)
         for chunk in step.prefills:
-            if chunk.is_current:
+            if chunk.num_restarts == chunk.request.num_restarts:
                 self._end_chunk(chunk, now)
+        if not (step.ending or step.late):
+            return ()
         completed = [self._finish(state) for state in step.ending]
         completed += [state.request for state in step.late if self._deliver_late(state, step, now)]
         return completed
+
+    def _leave_out(self, step: Step) -> None:
+        """Do not count a step for the members of the lockstep that it skipped."""
+        for state in step.skipped:
+            if state.request.decode_set is self.lockstep:
+                self.lockstep.leave_out(state.request, step.execution_time)
 
     def _end_chunk(self, chunk: PrefillChunk, now: float) -> None:
         request = chunk.request

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
 
 from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.prefix_cache import Holder
-from vidur_simpy.replica_scheduler.vllm_v1_release import Release
 from vidur_simpy.sums import Numbers, repeated
 
 __all__ = ["Lockstep", "Plan", "RequestState", "Step"]
@@ -121,7 +120,7 @@ class Lockstep(SharedSteps):
         self._exit(state)
         state.joined_at = None
 
-    def plan(self, skipped: Iterable[RequestState]) -> tuple[int, int, list[RequestState]]:
+    def plan(self, skipped: Sequence[RequestState]) -> tuple[int, int, list[RequestState]]:
         """Plan a step for all members but those `skipped`. O(what changes).
 
         Returns
@@ -136,18 +135,18 @@ class Lockstep(SharedSteps):
         for state in skipped:
             self._exit(state)
         num_decodes = self.num_members
-        self.num_planned += 1
-        self.context += num_decodes
-        context = self.context
-        ending = list(self._ending.get(self.num_planned, ()))
-        for state in ending:
-            self.remove(state)
-        while self._ends and self._ends[0] <= self.num_planned:
-            heappop(self._ends)
+        number = self.num_planned = self.num_planned + 1
+        context = self.context = self.context + num_decodes
+        ending = list(self._ending.get(number, ()))
+        if ending:
+            for state in ending:
+                self.remove(state)
+            while self._ends and self._ends[0] <= number:
+                heappop(self._ends)
         for state in skipped:
             assert state.joined_at is not None, f"{state.request} is no member"
             state.joined_at += 1
-            state.skipped_at = self.num_planned
+            state.skipped_at = number
             self._enter(state)
         return num_decodes, context, ending
 
@@ -229,40 +228,32 @@ class Plan:
         Tokens that are left to give.
     cap : int
         Most tokens that one request may get.
-    num_tokens : dict of RequestState to int
-        What was given, in order. The members of the lockstep are in it only if the requests had
-        to be walked one by one.
-    order, position : list of RequestState, int
-        The requests of that walk, and the next one of them.
-    skipped : list of RequestState
+    chunks : dict of RequestState to int
+        The prompt tokens that were given, in order.
+    steps : set of RequestState
+        Members of the lockstep that were given theirs, if the requests had to be walked.
+    skipped : sequence of RequestState
         Members of the lockstep that got nothing.
     has_preempted : bool
         Whether somebody had to go.
     """
 
-    __slots__ = ("budget", "cap", "has_preempted", "num_tokens", "order", "position", "skipped")
+    __slots__ = ("budget", "cap", "chunks", "has_preempted", "skipped", "steps")
 
     def __init__(self, budget: int, cap: int) -> None:
         self.budget = budget
         self.cap = cap
-        self.num_tokens: dict[RequestState, int] = {}
-        self.order: list[RequestState] = []
-        self.position = 0
-        self.skipped: list[RequestState] = []
+        self.chunks: dict[RequestState, int] = {}
+        self.steps: set[RequestState] = set()
+        self.skipped: Sequence[RequestState] = ()
         self.has_preempted = False
 
-    def take_back(self, victim: RequestState, release: Release) -> int:
+    def take_back(self, victim: RequestState) -> int:
         """Take a preempted request out; return the tokens that it had been given."""
-        position = self.order.index(victim)
-        del self.order[position]
-        self.has_preempted = True
-        num_tokens = self.num_tokens.pop(victim, 0)
-        is_refunded = num_tokens > 0 and release.refunds_planned_victims
-        if is_refunded:
-            self.budget += num_tokens
-        if position < self.position and (is_refunded or release.moves_back_for_any_victim):
-            self.position -= 1
-        return num_tokens
+        if victim in self.steps:
+            self.steps.remove(victim)
+            return 1
+        return self.chunks.pop(victim, 0)
 
 
 class Step(Batch):
@@ -274,7 +265,7 @@ class Step(Batch):
         Its number in the lockstep.
     is_ahead : bool
         Whether another one was in flight when it was planned.
-    ending : list of RequestState
+    ending : sequence of RequestState
         Requests whose last token this step samples.
     skipped : sequence of RequestState
         Members of the lockstep that take no part.
@@ -300,7 +291,7 @@ class Step(Batch):
         self.num_attention_pairs += decode_context
         self.number = number
         self.is_ahead = False
-        self.ending: list[RequestState] = []
+        self.ending: Sequence[RequestState] = ()
         self.skipped: Sequence[RequestState] = ()
         self.late: list[RequestState] = []
         self._running = running
@@ -316,7 +307,7 @@ class Step(Batch):
         """Note that a request it samples a token of was preempted."""
         self.late.append(state)
         if state in self.ending:
-            self.ending.remove(state)
+            self.ending = [other for other in self.ending if other is not state]
 
     def decoding(self) -> list[Request]:
         """Return the requests that decode, in the order of the plan. O(running)."""

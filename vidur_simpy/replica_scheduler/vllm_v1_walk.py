@@ -1,0 +1,79 @@
+"""The running requests of a step one by one, as vLLM plans them: some get less, or have to go."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Plan, RequestState
+
+if TYPE_CHECKING:
+    from vidur_simpy.replica_scheduler.vllm_v1_scheduler import VllmV1Scheduler
+
+__all__ = ["Walk"]
+
+_unimportance = attrgetter("request.priority", "request.arrived_at")
+
+
+class Walk:
+    """A scan of `running`, in order of admission. O(running).
+
+    Parameters
+    ----------
+    scheduler : VllmV1Scheduler
+    plan : Plan
+        What is planned of the step; it gets the chunks, the steps and who is skipped.
+    """
+
+    def __init__(self, scheduler: VllmV1Scheduler, plan: Plan) -> None:
+        self._scheduler = scheduler
+        self._plan = plan
+        self._order = list(scheduler.running)
+        self._position = 0
+
+    def run(self) -> None:
+        """Plan for one request after the other while tokens are left."""
+        scheduler, plan = self._scheduler, self._plan
+        while self._position < len(self._order) and plan.budget > 0:
+            state = self._order[self._position]
+            wanted = state.num_left if state.joined_at is None else 1
+            num_tokens = min(wanted, plan.cap, plan.budget)
+            if num_tokens:
+                if not self._make_room(state, num_tokens):
+                    break  # nobody behind it is looked at
+                if state.joined_at is None:
+                    scheduler.give_chunk(state, num_tokens, plan)
+                else:
+                    scheduler.give_step(state, plan)
+            self._position += 1
+        plan.skipped = [
+            state
+            for state in self._order
+            if state.joined_at is not None and state not in plan.steps
+        ]
+
+    def _make_room(self, state: RequestState, num_tokens: int) -> bool:
+        """Preempt until the blocks of further tokens are free; False if `state` itself went."""
+        scheduler = self._scheduler
+        while scheduler.num_blocks_for(state, num_tokens) > scheduler.pool.num_free:
+            victim = self._order[-1]
+            if scheduler.policy.policy == "priority":
+                victim = max(self._order, key=_unimportance)  # of equals, the first
+            scheduler.preempt(victim, self._take_back(victim))
+            if victim is state:
+                return False
+        return True
+
+    def _take_back(self, victim: RequestState) -> int:
+        """Take a request out of the plan; return the tokens that it had been given."""
+        plan, release = self._plan, self._scheduler.release
+        position = self._order.index(victim)
+        del self._order[position]
+        plan.has_preempted = True
+        num_tokens = plan.take_back(victim)
+        is_refunded = num_tokens > 0 and release.refunds_planned_victims
+        if is_refunded:
+            plan.budget += num_tokens
+        if position < self._position and (is_refunded or release.moves_back_for_any_victim):
+            self._position -= 1
+        return num_tokens
