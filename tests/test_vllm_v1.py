@@ -307,6 +307,74 @@ def test_a_run_can_be_looked_at(given_run: Run, instants: list[int]) -> None:
     assert simulation.result().requests.equals(whole.result().requests)
 
 
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.1, 0.8, 4.0]),
+    st.sampled_from([70, 90, 400]),
+    st.lists(st.floats(0.05, 12.0), max_size=4),
+)
+@settings(ANY, max_examples=40)
+def test_steps_taken_at_once_leave_the_steps_in_flight(
+    is_asynchronous: bool, is_cached: bool, rate: float, num_blocks: int, instants: list[float]
+) -> None:
+    """At any instant the steps planned are those that stepping would have planned by then."""
+    policy = vs.VllmV1(
+        max_num_seqs=6,
+        max_num_batched_tokens=100,
+        async_scheduling=is_asynchronous,
+        enable_prefix_caching=is_cached,
+    )
+    simulations = []
+    for is_watched in (False, True):
+        simulation = vs.Simulation(
+            cluster(
+                max_model_len=256,
+                kv_cache=vs.KVCache(block_size=4, num_blocks=num_blocks),
+                replica_scheduler=policy,
+                execution_time=vs.Linear(),
+            ),
+            vs.Workload(
+                vs.Poisson(rate=rate),
+                vs.UniformLengths(min_tokens=20, max_tokens=256, prefill_to_decode_ratio=0.3),
+                num_requests=12,
+            ),
+            progress=False,
+        )
+        if is_watched:
+            simulation.on(vs.EventType.BATCH_END, lambda event: None)
+        simulations.append(simulation)
+    for instant in sorted(set(instants)):
+        for simulation in simulations:
+            simulation.run(until=instant)
+        fast, stepped = (in_flight(simulation) for simulation in simulations)
+        assert fast == stepped
+    for simulation in simulations:
+        simulation.run()
+    fast, stepped = (simulation.result() for simulation in simulations)
+    for table in ("requests", "replicas", "timeline"):
+        assert getattr(fast, table).equals(getattr(stepped, table))
+
+
+def in_flight(simulation: vs.Simulation) -> list[Any]:
+    """What can be seen of the steps under way and planned."""
+    (replica,) = simulation.replicas
+    scheduler: Any = replica.scheduler
+    steps = [
+        (
+            *(step.batch_index, step.scheduled_at, step.number, step.is_ahead, step.num_decodes),
+            *(step.decode_context, step.total_context, step.num_attention_pairs),
+            [request.request_id for request in step.decoding()],
+        )
+        for step in scheduler.in_flight
+    ]
+    queued = [batch.batch_index for batch in (*replica.stages[0].users, *replica.stages[0].queue)]
+    started_at = [batch.stage_started_at for batch in replica.stages[0].users]
+    lockstep = scheduler.lockstep
+    counts = (lockstep.num_planned, lockstep.iteration, lockstep.context, scheduler.pool.num_free)
+    return [steps, queued, started_at, counts, replica.num_batches_formed]
+
+
 # -- stories --------------------------------------------------------------------------------------
 
 

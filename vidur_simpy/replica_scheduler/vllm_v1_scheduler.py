@@ -202,11 +202,14 @@ class VllmV1Scheduler:
     # -- runs of steps -----------------------------------------------------------------------
 
     def steady_steps(self, step: Step) -> int:
-        """Return how many steps after this one will be its decodes, unless a request arrives.
+        """Return how many steps after those planned will be their decodes, if nobody arrives.
 
-        Not with steps ahead (asynchronous scheduling), nor while somebody has to be walked.
+        None while a prompt goes on, somebody ends or has to be walked, or may be admitted.
         """
-        if self.prefills or step.ending or step.skipped or self.max_running_batches > 1:
+        num_members = self.lockstep.num_members
+        if self.prefills or len(self.in_flight) < self.max_running_batches:
+            return 0
+        if not all(planned.is_steady(num_members) for planned in self.in_flight):
             return 0
         if self.waiting and not self._waits_in_vain():
             return 0
@@ -221,7 +224,9 @@ class VllmV1Scheduler:
     def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
         num_blocks = self.lockstep.skip(execution_times, now)
-        step.number += len(num_blocks)
+        for planned in self.in_flight:
+            planned.number += len(num_blocks)
+            planned.is_ahead = len(self.in_flight) > 1
         if self.blocks.cache is not None:
             # Cached blocks may be reused for them. The caller reserves them.
             total = int(sum(num_blocks))

@@ -303,6 +303,11 @@ class Step(Batch):
             chunk.context == chunk.request.prefill_target for chunk in self.prefills
         )
 
+    def is_steady(self, num_members: int) -> bool:
+        """Whether it decodes for all members of the lockstep, of whom nobody comes or goes."""
+        is_disturbed = self.prefills or self.ending or self.skipped or self.late
+        return self.num_decodes == num_members and not is_disturbed
+
     def give_late(self, state: RequestState) -> None:
         """Note that a request it samples a token of was preempted."""
         self.late.append(state)
