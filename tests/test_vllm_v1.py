@@ -235,11 +235,12 @@ def check_blocks(scheduler: Any) -> None:
     holders = [scheduler._states[request].holder for request in scheduler.waiting]
     assert not any(holder.runs or holder.num_blocks for holder in holders if holder)
     if cache is not None:
-        free = [run for run in queued(cache) if run.prefix >= 0]
+        free = [run for run in queued(cache) if run.spans]
         assert not any(run.holders for run in free)
         assert all(run.first < run.stop for run in free)
-        cached = [run for runs in cache._runs.values() for run in runs]
-        assert Counter(cached) == Counter([*held, *free])
+        cached = Counter((prefix, run) for prefix, runs in cache._runs.items() for run in runs)
+        named = Counter((prefix, run) for run in (*held, *free) for prefix, _ in run.spans)
+        assert cached == named
         num_queued = sum(run.stop - run.first for run in queued(cache))
         assert num_queued == cache._num_queued <= pool.num_free
 

@@ -8,13 +8,12 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from vidur_simpy.entities import Batch, PrefillChunk, Request
-from vidur_simpy.errors import SimulationError
 from vidur_simpy.prefix_cache import Hit, PrefixCache
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
 from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
-from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Plan, RequestState, Step
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Patience, Plan, RequestState, Step
 from vidur_simpy.replica_scheduler.vllm_v1_walk import Walk
 from vidur_simpy.sums import Numbers
 
@@ -75,7 +74,7 @@ class VllmV1Scheduler:
         self._num_admissions = 0
         self._waits_for_outputs = False
         self._hopeless: RequestState | None = None
-        self._num_fruitless = 0
+        self._patience = Patience()
 
     @property
     def num_waiting(self) -> int:
@@ -138,25 +137,10 @@ class VllmV1Scheduler:
             self._admit(plan, now)
         step = self._form(plan)
         if step is not None and step.yields_tokens:
-            self._num_fruitless = 0
+            self._patience.renew()
         else:
-            self._check_progress(now)
+            self._patience.wear(now, self.running, self.waiting)
         return step
-
-    def _check_progress(self, now: float) -> None:
-        """Raise an error if steps go on and on, but nobody gets a token."""
-        self._num_fruitless += 1
-        if self._num_fruitless % 100:
-            return
-        requests = [*(state.request for state in self.running), *self.waiting]
-        # Far more steps than it takes to compute everything token by token.
-        if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
-            ids = ", ".join(str(request.request_id) for request in requests[:10])
-            raise SimulationError(
-                f"at {now:.6g} s no request gets on: {ids} evict one another for ever, as in vLLM "
-                f"requests of equal priority and arrival may; expected other priorities, more "
-                f"KV-cache blocks or scheduler_reserve_full_isl."
-            )
 
     def _long_prefill_cap(self) -> int:
         """Return the most tokens that one request may get in this step."""
@@ -317,7 +301,10 @@ class VllmV1Scheduler:
                 self._hopeless = state if self._reserves_full_isl else None
                 return
             del waiting[position]
-            self._start(state, hit)
+            self.running[state] = self.prefills[state] = None
+            state.admission = self._num_admissions
+            self._num_admissions += 1
+            self.blocks.hold(state, hit)
             self.give_chunk(state, num_tokens, plan)
 
     def _fits(self, state: RequestState, hit: Hit, num_tokens: int) -> bool:
@@ -328,13 +315,6 @@ class VllmV1Scheduler:
         if self.running:
             num_blocks += self._num_watermark_blocks
         return num_blocks <= self.pool.num_free
-
-    def _start(self, state: RequestState, hit: Hit) -> None:
-        """Move a request to `running`, behind the tokens that are cached."""
-        self.blocks.hold(state, hit)
-        self.running[state] = self.prefills[state] = None
-        state.admission = self._num_admissions
-        self._num_admissions += 1
 
     # -- tokens and their blocks -------------------------------------------------------------
 
@@ -414,13 +394,7 @@ class VllmV1Scheduler:
     def _deliver_late(self, state: RequestState, step: Step, now: float) -> bool:
         """Give a request that waits again the token that was in flight; whether it was the last."""
         request = state.request
-        request.prefill_target += 1
-        if request.first_token_at is None:
-            request.first_token_at = now
-        if request.last_stage_end is not None and request.last_stage_end < now:
-            request.preempted_time += step.stage_started_at - request.last_stage_end
-            request.execution_time += step.execution_time
-            request.last_stage_end = now
+        step.deliver_late(request, now)
         self._hopeless = None
         if request.prefill_target < state.end:
             return False

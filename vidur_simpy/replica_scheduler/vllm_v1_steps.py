@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heappop, heappush
 
 from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
+from vidur_simpy.errors import SimulationError
 from vidur_simpy.prefix_cache import Holder
 from vidur_simpy.sums import Numbers, repeated
 
-__all__ = ["Lockstep", "Plan", "RequestState", "Step"]
+__all__ = ["Lockstep", "Patience", "Plan", "RequestState", "Step"]
 
 
 class RequestState:
@@ -256,6 +257,39 @@ class Plan:
         return self.chunks.pop(victim, 0)
 
 
+class Patience:
+    """Notices that steps go on and on, but nobody gets a token."""
+
+    __slots__ = ("_num_fruitless",)
+
+    def __init__(self) -> None:
+        self._num_fruitless = 0
+
+    def renew(self) -> None:
+        """Take note of a step that yields tokens."""
+        self._num_fruitless = 0
+
+    def wear(self, now: float, running: Iterable[RequestState], waiting: Iterable[Request]) -> None:
+        """Take note of a step that yields none to these requests.
+
+        Raises
+        ------
+        SimulationError
+            After far more such steps than it takes to compute everything token by token.
+        """
+        self._num_fruitless += 1
+        if self._num_fruitless % 100:
+            return
+        requests = [*(state.request for state in running), *waiting]
+        if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
+            ids = ", ".join(str(request.request_id) for request in requests[:10])
+            raise SimulationError(
+                f"at {now:.6g} s no request gets on: {ids} evict one another for ever, as in vLLM "
+                f"requests of equal priority and arrival may; expected other priorities, more "
+                f"KV-cache blocks or scheduler_reserve_full_isl."
+            )
+
+
 class Step(Batch):
     """A planned step: some chunks, and everybody in the lockstep who was not skipped.
 
@@ -313,6 +347,16 @@ class Step(Batch):
         self.late.append(state)
         if state in self.ending:
             self.ending = [other for other in self.ending if other is not state]
+
+    def deliver_late(self, request: Request, now: float) -> None:
+        """Give a request that was preempted its token of this step, which ended at `now`."""
+        request.prefill_target += 1
+        if request.first_token_at is None:
+            request.first_token_at = now
+        if request.last_stage_end is not None and request.last_stage_end < now:
+            request.preempted_time += self.stage_started_at - request.last_stage_end
+            request.execution_time += self.execution_time
+            request.last_stage_end = now
 
     def decoding(self) -> list[Request]:
         """Return the requests that decode, in the order of the plan. O(running)."""
