@@ -309,23 +309,27 @@ def test_a_run_can_be_looked_at(given_run: Run, instants: list[int]) -> None:
 
 
 @given(
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([0.1, 0.8, 4.0]),
-    st.sampled_from([70, 90, 400]),
-    st.lists(st.floats(0.05, 12.0), max_size=4),
+    settings=st.fixed_dictionaries(
+        {
+            "async_scheduling": st.booleans(),
+            "enable_prefix_caching": st.booleans(),
+            "scheduler_reserve_full_isl": st.booleans(),
+            "max_num_batched_tokens": st.sampled_from([20, 100, 260]),
+            "long_prefill_token_threshold": st.sampled_from([0, 30]),
+            "vllm_version": st.sampled_from(["0.11.2", "0.32.0"]),
+        }
+    ),
+    rate=st.sampled_from([0.1, 0.8, 4.0]),
+    num_blocks=st.sampled_from([66, 90, 400]),
+    instants=st.lists(st.floats(0.05, 12.0), max_size=4),
 )
-@settings(ANY, max_examples=40)
+@settings(ANY, max_examples=100)
 def test_steps_taken_at_once_leave_the_steps_in_flight(
-    is_asynchronous: bool, is_cached: bool, rate: float, num_blocks: int, instants: list[float]
+    settings: dict[str, Any], rate: float, num_blocks: int, instants: list[float]
 ) -> None:
     """At any instant the steps planned are those that stepping would have planned by then."""
-    policy = vs.VllmV1(
-        max_num_seqs=6,
-        max_num_batched_tokens=100,
-        async_scheduling=is_asynchronous,
-        enable_prefix_caching=is_cached,
-    )
+    is_chunked = settings["max_num_batched_tokens"] < 256
+    policy = vs.VllmV1(max_num_seqs=6, enable_chunked_prefill=is_chunked, **settings)
     simulations = []
     for is_watched in (False, True):
         simulation = vs.Simulation(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.prefix_cache import Hit, PrefixCache
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
@@ -73,6 +75,7 @@ class VllmV1Scheduler:
         self._states: dict[Request, RequestState] = {}
         self._num_admissions = 0
         self._waits_for_outputs = False
+        self._admits_nobody = False
         self._hopeless: RequestState | None = None
         self._patience = Patience()
 
@@ -104,6 +107,7 @@ class VllmV1Scheduler:
         """Queue a new request."""
         self._states[request] = RequestState(request, self.max_model_len)
         self.waiting.append(request)
+        self._admits_nobody = False
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -135,6 +139,7 @@ class VllmV1Scheduler:
             Walk(self, plan).run()
         if self.waiting and not plan.has_preempted:
             self._admit(plan, now)
+        self._admits_nobody = not plan.has_preempted
         step = self._form(plan)
         if step is not None and step.yields_tokens:
             self._patience.renew()
@@ -190,20 +195,24 @@ class VllmV1Scheduler:
 
         None while a prompt goes on, somebody ends or has to be walked, or may be admitted.
         """
-        num_members = self.lockstep.num_members
         if self.prefills or len(self.in_flight) < self.max_running_batches:
-            return 0
-        if not all(planned.is_steady(num_members) for planned in self.in_flight):
             return 0
         if self.waiting and not self._waits_in_vain():
             return 0
+        for planned in self.in_flight:
+            if not planned.is_steady(self.lockstep.num_members):
+                return 0
         return self.lockstep.num_steady_steps(self.pool.num_free)
 
     def _waits_in_vain(self) -> bool:
-        """Whether nobody can be admitted until somebody finishes."""
+        """Whether nobody can be admitted until somebody finishes.
+
+        Who did not get in beside these decodes will not beside the next: tokens and places stay as
+        they are, and a cached block that is reused is one less to start from, and one less free.
+        """
         if len(self.running) >= self._max_num_running:
             return True
-        return self.waiting.is_steady and self._states[self.waiting[0]] is self._hopeless
+        return self.waiting.is_steady and self._admits_nobody
 
     def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
@@ -213,7 +222,7 @@ class VllmV1Scheduler:
             planned.is_ahead = len(self.in_flight) > 1
         if self.blocks.cache is not None:
             # Cached blocks may be reused for them. The caller reserves them.
-            total = int(sum(num_blocks))
+            total = sum(num_blocks) if isinstance(num_blocks, list) else int(np.sum(num_blocks))
             self.blocks.take(total)
             self.pool.free(total)
         return num_blocks
@@ -365,6 +374,7 @@ class VllmV1Scheduler:
                 self._end_chunk(chunk, now)
         if not (step.ending or step.late):
             return ()
+        self._admits_nobody = False
         completed = [self._finish(state) for state in step.ending]
         completed += [state.request for state in step.late if self._deliver_late(state, step, now)]
         return completed
