@@ -162,7 +162,9 @@ class VllmV1Scheduler:
         if not plan.chunks and lockstep.num_members == len(plan.skipped):
             return None
         num_decodes, context, ending = lockstep.plan(plan.skipped)
-        chunks = [self._chunk(*item, ending) for item in plan.chunks.items()]
+        chunks: Sequence[PrefillChunk] = ()
+        if plan.chunks:
+            chunks = [self._chunk(state, count, ending) for state, count in plan.chunks.items()]
         step = Step(lockstep.num_planned, chunks, num_decodes, context, self.running)
         step.skipped = plan.skipped
         if ending:

@@ -60,6 +60,9 @@ class RequestState:
         return self.request.prefill_target - self.request.num_scheduled_tokens
 
 
+NOBODY: Sequence[RequestState] = ()
+
+
 class Lockstep(SharedSteps):
     """Requests that compute one token in every step.
 
@@ -139,11 +142,10 @@ class Lockstep(SharedSteps):
         number = self.num_planned = self.num_planned + 1
         context = self.context = self.context + num_decodes
         ending = list(self._ending.get(number, ()))
-        if ending:
-            for state in ending:
-                self.remove(state)
-            while self._ends and self._ends[0] <= number:
-                heappop(self._ends)
+        for state in ending:
+            self.remove(state)
+        while self._ends and self._ends[0] <= number:
+            heappop(self._ends)
         for state in skipped:
             assert state.joined_at is not None, f"{state.request} is no member"
             state.joined_at += 1
@@ -152,31 +154,37 @@ class Lockstep(SharedSteps):
         return num_decodes, context, ending
 
     def _enter(self, state: RequestState) -> None:
-        last_step, phase = self._future(state)
-        if last_step not in self._ending:
-            self._ending[last_step] = {}
+        origin = self._origin(state)
+        last_step = origin + state.end - 1
+        bucket = self._ending.get(last_step)
+        if bucket is None:
+            self._ending[last_step] = {state: None}
             heappush(self._ends, last_step)
-        self._ending[last_step][state] = None
-        self._phases[phase] += 1
+        else:
+            bucket[state] = None
+        self._phases[origin % self._block_size] += 1
         self.num_members += 1
-        self.context += self.num_computed(state)
+        self.context += self.num_planned - origin
 
     def _exit(self, state: RequestState) -> None:
-        last_step, phase = self._future(state)
+        origin = self._origin(state)
+        last_step = origin + state.end - 1
         bucket = self._ending[last_step]
         del bucket[state]
         if not bucket:
             del self._ending[last_step]
-        self._phases[phase] -= 1
+        self._phases[origin % self._block_size] -= 1
         self.num_members -= 1
-        self.context -= self.num_computed(state)
+        self.context -= self.num_planned - origin
 
-    def _future(self, state: RequestState) -> tuple[int, int]:
-        """Return a member's last step, and the steps, modulo block size, that begin a block."""
+    @staticmethod
+    def _origin(state: RequestState) -> int:
+        """Return the step after which nothing of a member was computed, as it were.
+
+        A step begins a block for it if it is so many whole blocks later.
+        """
         assert state.joined_at is not None, f"{state.request} is no member"
-        # The step after which nothing is computed, as it were: 0 = prefill_target + step - joined.
-        origin = state.joined_at - state.request.prefill_target
-        return origin + state.end - 1, origin % self._block_size
+        return state.joined_at - state.request.prefill_target
 
     def num_steady_steps(self, num_free: int) -> int:
         """Further steps after the one planned last that nobody ends with and blocks suffice for.
@@ -246,7 +254,7 @@ class Plan:
         self.cap = cap
         self.chunks: dict[RequestState, int] = {}
         self.steps: set[RequestState] = set()
-        self.skipped: Sequence[RequestState] = ()
+        self.skipped = NOBODY
         self.has_preempted = False
 
     def take_back(self, victim: RequestState) -> int:
@@ -303,11 +311,15 @@ class Step(Batch):
         Requests whose last token this step samples.
     skipped : sequence of RequestState
         Members of the lockstep that take no part.
-    late : list of RequestState
+    late : sequence of RequestState
         Requests preempted while this step, which samples a token of theirs, was in flight.
     """
 
     __slots__ = ("_running", "ending", "is_ahead", "late", "number", "skipped")
+
+    ending: Sequence[RequestState]
+    skipped: Sequence[RequestState]
+    late: Sequence[RequestState]
 
     def __init__(
         self,
@@ -318,16 +330,15 @@ class Step(Batch):
         running: Collection[RequestState],
     ) -> None:
         super().__init__(None, chunks)
-        self.num_decodes = num_decodes
-        self.decode_context = decode_context
-        self.num_tokens += num_decodes
-        self.total_context += decode_context
-        self.num_attention_pairs += decode_context
+        if num_decodes:
+            self.num_decodes = num_decodes
+            self.decode_context = decode_context
+            self.num_tokens += num_decodes
+            self.total_context += decode_context
+            self.num_attention_pairs += decode_context
         self.number = number
         self.is_ahead = False
-        self.ending: Sequence[RequestState] = ()
-        self.skipped: Sequence[RequestState] = ()
-        self.late: list[RequestState] = []
+        self.ending = self.skipped = self.late = NOBODY
         self._running = running
 
     @property
@@ -344,7 +355,7 @@ class Step(Batch):
 
     def give_late(self, state: RequestState) -> None:
         """Note that a request it samples a token of was preempted."""
-        self.late.append(state)
+        self.late = [*self.late, state]
         if state in self.ending:
             self.ending = [other for other in self.ending if other is not state]
 
