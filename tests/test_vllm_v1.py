@@ -239,7 +239,7 @@ def check_blocks(scheduler: Any) -> None:
         assert not any(run.holders for run in free)
         assert all(run.first < run.stop for run in free)
         cached = Counter((prefix, run) for prefix, runs in cache._runs.items() for run in runs)
-        named = Counter((prefix, run) for run in (*held, *free) for prefix, _ in run.spans)
+        named = Counter((prefix, run) for run in (*held, *free) for prefix, _, _ in run.spans)
         assert cached == named
         num_queued = sum(run.stop - run.first for run in queued(cache))
         assert num_queued == cache._num_queued <= pool.num_free

@@ -96,9 +96,8 @@ class PrefixCache:
         first, runs_of = holder.num_blocks, self._runs
         if stop <= first:
             return
-        run = Run(first, stop, [], {holder})
-        for prefix, start, _ in holder.spans(first, stop):
-            run.spans.append((prefix, start))
+        run = Run(first, stop, holder.spans(first, stop), {holder})
+        for prefix, _, _ in run.spans:
             runs = runs_of.get(prefix)
             if runs is None:
                 runs_of[prefix] = [run]
@@ -206,7 +205,7 @@ class PrefixCache:
         """Let the blocks of a run from `first` on no longer be found."""
         spans = run.spans
         while spans and spans[-1][1] >= first:
-            prefix, _ = spans.pop()
+            prefix = spans.pop()[0]
             runs = self._runs[prefix]
             if len(runs) == 1:
                 del self._runs[prefix]
@@ -217,12 +216,12 @@ class PrefixCache:
         """Cut a run in two and return the blocks before `stop`, which are reused after the rest."""
         ahead = [span for span in run.spans if span[1] < stop]
         head = Run(run.first, stop, ahead, run.holders.copy())
-        for prefix, _ in ahead:
+        for prefix, _, _ in ahead:
             runs = self._runs[prefix]
             runs[runs.index(run)] = head
         rest = run.spans[len(ahead) :]
         if not rest or rest[0][1] > stop:  # the last prefix of the one is the first of the other
-            rest.insert(0, (prefix, stop))
+            rest.insert(0, (prefix, stop, ahead[-1][2]))
             runs.insert(runs.index(head), run)
         run.first, run.spans = stop, rest
         for holder in run.holders:

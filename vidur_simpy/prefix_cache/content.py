@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import count
+from operator import itemgetter
+from typing import TypeAlias
 
-__all__ = ["Holder", "Prefixes", "Run"]
+__all__ = ["Holder", "Prefixes", "Run", "Span"]
+
+Span: TypeAlias = tuple[int, int, int]
+"""A prefix, and the first and the stop of the blocks whose content it tells."""
+
+_first_of, _stop_of = itemgetter(1), itemgetter(2)
 
 
 class Prefixes:
@@ -76,19 +84,11 @@ class Holder:
 
     >>> prefixes = Prefixes()
     >>> ours, theirs = (Holder(prefixes, ids, 32, 16, 40) for ids in ([1, 2], [1, 3]))
-    >>> list(ours.spans(0, 3)), list(theirs.spans(0, 3))
+    >>> ours.spans(0, 3), theirs.spans(0, 3)
     ([(0, 0, 2), (2, 2, 3)], [(0, 0, 2), (4, 2, 3)])
     """
 
-    __slots__ = (
-        "_block_size",
-        "_chain",
-        "_hash_block_size",
-        "_own",
-        "num_blocks",
-        "num_shareable",
-        "runs",
-    )
+    __slots__ = ("_own", "_spans", "num_blocks", "num_shareable", "runs")
 
     def __init__(
         self,
@@ -98,28 +98,40 @@ class Holder:
         block_size: int,
         num_prefill_tokens: int,
     ) -> None:
-        self._chain = prefixes.chain(hash_ids, hash_block_size)
+        chain = prefixes.chain(hash_ids, hash_block_size)
         self._own = prefixes.unique()
-        self._hash_block_size = hash_block_size
-        self._block_size = block_size
-        self.num_shareable = num_prefill_tokens // block_size if self._chain else 0
+        self.num_shareable = num_prefill_tokens // block_size if chain else 0
         self.runs: list[Run] = []
         self.num_blocks = 0
+        self._spans: list[Span] = []
+        first = num_tokens = 0
+        for prefix in chain:
+            num_tokens += hash_block_size
+            stop = num_tokens // block_size
+            if stop > first:
+                self._spans.append((prefix, first, stop))
+                first = stop
 
-    def spans(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield prefixes, each with the first and the stop of its blocks, from `first` to `stop`.
+    def spans(self, first: int, stop: int) -> list[Span]:
+        """Return prefixes, each with the first and the stop of its blocks, from `first` to `stop`.
 
         A block and its prefix are equal to those of others exactly where the content is.
         """
-        block_size, hash_block_size = self._block_size, self._hash_block_size
         last = min(stop, self.num_shareable)
-        while first < last:
-            place = ((first + 1) * block_size - 1) // hash_block_size
-            end = min(last, (place + 1) * hash_block_size // block_size)
-            yield self._chain[place], first, end
-            first = end
+        spans = []
+        if first < last:
+            place = bisect_right(self._spans, first, key=_stop_of)
+            spans = self._spans[place : bisect_left(self._spans, last, place, key=_first_of)]
+            prefix, begin, end = spans[0]
+            if begin < first:
+                spans[0] = prefix, first, end
+            prefix, begin, end = spans[-1]
+            if end > last:
+                spans[-1] = prefix, begin, last
+            first = last
         if first < stop:
-            yield self._own, first, stop
+            spans.append((self._own, first, stop))
+        return spans
 
 
 class Run:
@@ -131,9 +143,9 @@ class Run:
     ----------
     first, stop : int
         Index of the first block among those of a request, and of the one behind the last.
-    spans : list of (int, int)
-        Prefixes that tell what the blocks contain, each with its first block. Without any, nobody
-        looks for the blocks: the request is gone and like no other.
+    spans : list of Span
+        What the blocks contain. Without any, nobody looks for them: the request is gone, and like
+        no other. The last may reach beyond the run.
     holders : set of Holder
         Who uses the blocks.
     is_blank : bool
@@ -154,7 +166,7 @@ class Run:
         self,
         first: int,
         stop: int,
-        spans: list[tuple[int, int]],
+        spans: list[Span],
         holders: set[Holder],
         is_blank: bool = False,
     ) -> None:
