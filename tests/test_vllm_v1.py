@@ -221,7 +221,7 @@ def check_blocks(scheduler: Any) -> None:
     num_counted = 0
     held: set[Any] = set()
     for state in scheduler.running:
-        num_blocks = pool.blocks_of(scheduler._num_computed(state))
+        num_blocks = pool.blocks_of(scheduler.num_computed(state))
         if state.holder is not None:
             runs = state.holder.runs
             assert state.holder.num_blocks == sum(run.stop - run.first for run in runs)

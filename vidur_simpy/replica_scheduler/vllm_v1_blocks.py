@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vidur_simpy.kv_cache import BlockPool
 from vidur_simpy.prefix_cache import NO_HIT, Hit, Holder, PrefixCache, Prefixes
-from vidur_simpy.replica_scheduler.vllm_v1_steps import RequestState
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import RequestState
 
 __all__ = ["RequestBlocks"]
 

@@ -14,8 +14,9 @@ from vidur_simpy.prefix_cache import Hit, PrefixCache
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import Lockstep, RequestState
 from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
-from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Patience, Plan, RequestState, Step
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Patience, Plan, Step
 from vidur_simpy.replica_scheduler.vllm_v1_walk import Walk
 from vidur_simpy.sums import Numbers
 
@@ -261,21 +262,8 @@ class VllmV1Scheduler:
             self.blocks.take(num_blocks_in_lockstep)
         return True
 
-    def preempt(self, victim: RequestState, num_tokens: int) -> None:
-        """Free a request's blocks, `num_tokens` just planned included; send it back to `waiting`.
-
-        A token that a step in flight samples is still delivered.
-        """
-        num_in_cache = self._num_computed(victim) + num_tokens
-        num_findable = num_in_cache
-        if self.in_flight and self._yields_a_token(victim):
-            step = self.in_flight[-1]
-            step.give_late(victim)
-            # What a token fills is entered when it is planned again, or was known when planned.
-            was_known = not step.is_ahead or victim.skipped_at == step.number - 1
-            if num_tokens or not was_known:
-                num_findable = max(num_findable - 1, victim.request.prefill_target)
-        self.blocks.suspend(victim, num_in_cache, num_findable)
+    def put_back(self, victim: RequestState) -> None:
+        """Send a request back to `waiting` whose blocks are free; it has to start again."""
         self._hopeless = None
         del self.running[victim]
         self.prefills.pop(victim, None)
@@ -329,11 +317,7 @@ class VllmV1Scheduler:
 
     # -- tokens and their blocks -------------------------------------------------------------
 
-    def _yields_a_token(self, state: RequestState) -> bool:
-        """Whether the step planned last samples a token of a running request."""
-        return not state.num_left and state.skipped_at != self.lockstep.num_planned
-
-    def _num_computed(self, state: RequestState) -> int:
+    def num_computed(self, state: RequestState) -> int:
         """Tokens of a running request that are computed, or will be by the steps planned."""
         if state.joined_at is not None:
             return self.lockstep.num_computed(state)
@@ -341,7 +325,7 @@ class VllmV1Scheduler:
 
     def num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
         """Blocks that further tokens of a running request take."""
-        block_size, num_computed = self.pool.block_size, self._num_computed(state)
+        block_size, num_computed = self.pool.block_size, self.num_computed(state)
         return -(-(num_computed + num_tokens) // block_size) - -(-num_computed // block_size)
 
     def give_chunk(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
@@ -349,13 +333,6 @@ class VllmV1Scheduler:
         plan.chunks[state] = num_tokens
         plan.budget -= num_tokens
         self.blocks.grow(state, num_tokens)
-        self._hopeless = None
-
-    def give_step(self, state: RequestState, plan: Plan) -> None:
-        """Plan the next token of a member of the lockstep."""
-        plan.steps.add(state)
-        plan.budget -= 1
-        self.blocks.take(self.num_blocks_for(state, 1))
         self._hopeless = None
 
     # -- outputs -----------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from vidur_simpy.replica_scheduler.vllm_v1_steps import Plan, RequestState
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import RequestState
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Plan
 
 if TYPE_CHECKING:
     from vidur_simpy.replica_scheduler.vllm_v1_scheduler import VllmV1Scheduler
@@ -44,7 +45,7 @@ class Walk:
                 if state.joined_at is None:
                     scheduler.give_chunk(state, num_tokens, plan)
                 else:
-                    scheduler.give_step(state, plan)
+                    self._give_step(state)
             self._position += 1
         plan.skipped = [
             state
@@ -59,10 +60,38 @@ class Walk:
             victim = self._order[-1]
             if scheduler.policy.policy == "priority":
                 victim = max(self._order, key=_unimportance)  # of equals, the first
-            scheduler.preempt(victim, self._take_back(victim))
+            self._preempt(victim, self._take_back(victim))
             if victim is state:
                 return False
         return True
+
+    def _give_step(self, state: RequestState) -> None:
+        """Plan the next token of a member of the lockstep."""
+        self._plan.steps.add(state)
+        self._plan.budget -= 1
+        self._scheduler.blocks.take(self._scheduler.num_blocks_for(state, 1))
+
+    def _preempt(self, victim: RequestState, num_tokens: int) -> None:
+        """Free a request's blocks, `num_tokens` just planned included, and let it wait.
+
+        A token that a step in flight samples is still delivered.
+        """
+        scheduler = self._scheduler
+        num_in_cache = scheduler.num_computed(victim) + num_tokens
+        num_findable = num_in_cache
+        if scheduler.in_flight and self._yields_a_token(victim):
+            step = scheduler.in_flight[-1]
+            step.give_late(victim)
+            # What a token fills is entered when it is planned again, or was known when planned.
+            was_known = not step.is_ahead or victim.skipped_at == step.number - 1
+            if num_tokens or not was_known:
+                num_findable = max(num_findable - 1, victim.request.prefill_target)
+        scheduler.blocks.suspend(victim, num_in_cache, num_findable)
+        scheduler.put_back(victim)
+
+    def _yields_a_token(self, state: RequestState) -> bool:
+        """Whether the step planned last samples a token of a running request."""
+        return not state.num_left and state.skipped_at != self._scheduler.lockstep.num_planned
 
     def _take_back(self, victim: RequestState) -> int:
         """Take a request out of the plan; return the tokens that it had been given."""
