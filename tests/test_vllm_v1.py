@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -219,20 +218,41 @@ def test_equals_may_evict_one_another_here_too(data: st.DataObject) -> None:
 def check_blocks(scheduler: Any) -> None:
     """A block's references are its holders, and every other block is free."""
     pool, cache = scheduler.pool, scheduler.blocks.cache
-    holders: Counter[Any] = Counter()
     num_counted = 0
+    held: set[Any] = set()
     for state in scheduler.running:
-        held = pool.blocks_of(scheduler._num_computed(state))
-        assert len(state.blocks) <= held
-        holders.update(state.blocks)
-        num_counted += held - len(state.blocks)
-    assert pool.num_free == pool.num_blocks - 1 - len(holders) - num_counted
-    assert not any(scheduler._states[request].blocks for request in scheduler.waiting)
+        num_blocks = pool.blocks_of(scheduler.num_computed(state))
+        if state.holder is not None:
+            runs = state.holder.runs
+            assert state.holder.num_blocks == sum(run.stop - run.first for run in runs)
+            assert all(state.holder in run.holders for run in runs)
+            num_blocks -= state.holder.num_blocks
+            held.update(runs)
+        assert num_blocks >= 0
+        num_counted += num_blocks
+    num_shared = sum(run.stop - run.first for run in held)
+    assert pool.num_free == pool.num_blocks - 1 - num_shared - num_counted
+    holders = [scheduler._states[request].holder for request in scheduler.waiting]
+    assert not any(holder.runs or holder.num_blocks for holder in holders if holder)
     if cache is not None:
-        known = {*holders, *cache._cached.values(), *cache._queue, *chain(*cache._copies.values())}
-        assert all(block.num_holders == holders[block] for block in known)
-        assert sum(block.num_alike for block in cache._queue) <= pool.num_free
-        assert all(cache._cached[key].key == key >= 0 for key in cache._cached)
+        free = [run for run in queued(cache) if run.spans]
+        assert not any(run.holders for run in free)
+        assert all(run.first < run.stop for run in free)
+        cached = Counter((prefix, run) for prefix, runs in cache._runs.items() for run in runs)
+        named = Counter((prefix, run) for run in (*held, *free) for prefix, _, _ in run.spans)
+        assert cached == named
+        num_queued = sum(run.stop - run.first for run in queued(cache))
+        assert num_queued == cache._num_queued <= pool.num_free
+
+
+def queued(cache: Any) -> list[Any]:
+    """The runs of free blocks, the one that is reused first ahead."""
+    runs, run = [], cache._queue.next
+    while run is not cache._queue:
+        assert run.previous.next is run
+        runs.append(run)
+        run = run.next
+    return runs
 
 
 @given(runs())
@@ -286,6 +306,78 @@ def test_a_run_can_be_looked_at(given_run: Run, instants: list[int]) -> None:
             assert (rows.execution_time <= instant).all()
     simulation.run()
     assert simulation.result().requests.equals(whole.result().requests)
+
+
+@given(
+    settings=st.fixed_dictionaries(
+        {
+            "async_scheduling": st.booleans(),
+            "enable_prefix_caching": st.booleans(),
+            "scheduler_reserve_full_isl": st.booleans(),
+            "max_num_batched_tokens": st.sampled_from([20, 100, 260]),
+            "long_prefill_token_threshold": st.sampled_from([0, 30]),
+            "vllm_version": st.sampled_from(["0.11.2", "0.32.0"]),
+        }
+    ),
+    rate=st.sampled_from([0.1, 0.8, 4.0]),
+    num_blocks=st.sampled_from([66, 90, 400]),
+    instants=st.lists(st.floats(0.05, 12.0), max_size=4),
+)
+@settings(ANY, max_examples=100)
+def test_steps_taken_at_once_leave_the_steps_in_flight(
+    settings: dict[str, Any], rate: float, num_blocks: int, instants: list[float]
+) -> None:
+    """At any instant the steps planned are those that stepping would have planned by then."""
+    is_chunked = settings["max_num_batched_tokens"] < 256
+    policy = vs.VllmV1(max_num_seqs=6, enable_chunked_prefill=is_chunked, **settings)
+    simulations = []
+    for is_watched in (False, True):
+        simulation = vs.Simulation(
+            cluster(
+                max_model_len=256,
+                kv_cache=vs.KVCache(block_size=4, num_blocks=num_blocks),
+                replica_scheduler=policy,
+                execution_time=vs.Linear(),
+            ),
+            vs.Workload(
+                vs.Poisson(rate=rate),
+                vs.UniformLengths(min_tokens=20, max_tokens=256, prefill_to_decode_ratio=0.3),
+                num_requests=12,
+            ),
+            progress=False,
+        )
+        if is_watched:
+            simulation.on(vs.EventType.BATCH_END, lambda event: None)
+        simulations.append(simulation)
+    for instant in sorted(set(instants)):
+        for simulation in simulations:
+            simulation.run(until=instant)
+        fast, stepped = (in_flight(simulation) for simulation in simulations)
+        assert fast == stepped
+    for simulation in simulations:
+        simulation.run()
+    fast, stepped = (simulation.result() for simulation in simulations)
+    for table in ("requests", "replicas", "timeline"):
+        assert getattr(fast, table).equals(getattr(stepped, table))
+
+
+def in_flight(simulation: vs.Simulation) -> list[Any]:
+    """What can be seen of the steps under way and planned."""
+    (replica,) = simulation.replicas
+    scheduler: Any = replica.scheduler
+    steps = [
+        (
+            *(step.batch_index, step.scheduled_at, step.number, step.is_ahead, step.num_decodes),
+            *(step.decode_context, step.total_context, step.num_attention_pairs),
+            [request.request_id for request in step.decoding()],
+        )
+        for step in scheduler.in_flight
+    ]
+    queued = [batch.batch_index for batch in (*replica.stages[0].users, *replica.stages[0].queue)]
+    started_at = [batch.stage_started_at for batch in replica.stages[0].users]
+    lockstep = scheduler.lockstep
+    counts = (lockstep.num_planned, lockstep.iteration, lockstep.context, scheduler.pool.num_free)
+    return [steps, queued, started_at, counts, replica.num_batches_formed]
 
 
 # -- stories --------------------------------------------------------------------------------------

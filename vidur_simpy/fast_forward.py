@@ -16,8 +16,10 @@ one by one. A request that arrives, an interrupt, a process that asks for the st
 cuts the run at the end of the iteration under way; whoever may look (a user's process, the end of
 ``run(until)``) finds the replica as if it had stepped, because the run is settled before.
 
-Iterations are taken one by one with several stages, with batches planned ahead, with KV-parallel
-groups, under an execution-time model without ``decode_times`` and under a replica scheduler without
+Where batches are planned ahead, the one that waits behind the one under way moves along with it.
+
+Iterations are taken one by one with several stages, with KV-parallel groups, under an
+execution-time model without ``decode_times`` and under a replica scheduler without
 ``steady_steps``. `plain_loop` goes further for whole runs that nobody can look into.
 """
 
@@ -87,7 +89,7 @@ class FastStage:
         self._end_event: TypedEvent | None = None
         self._duration = 0.0
         self._decode_times: Any = None
-        if self._is_plain and _knows_runs(replica.scheduler):
+        if self._is_alone and _knows_runs(replica.scheduler):
             self._decode_times = getattr(stage.stage_time, "decode_times", None)
         self._limit = _SHORTEST
         self._durations: Numbers = ()
@@ -111,7 +113,7 @@ class FastStage:
 
     def _begin(self, batch: Batch, now: float) -> float:
         """Execute a batch, or a run of which it is the first; return the instant of the end."""
-        if not batch.prefills and self.plan_run(batch, now):
+        if self._is_plain and not batch.prefills and self.plan_run(batch, now):
             return self.run_ends_at
         self._duration = duration = self._stage.start(batch)
         return now + duration
@@ -195,6 +197,19 @@ class FastStage:
             self.start(now)
         if num_wakes:
             replica.wake(num_wakes)
+        if self._decode_times is not None:
+            self._run_ahead(now)
+
+    def _run_ahead(self, now: float) -> None:
+        """Let a batch that begins now be the first of a run, if the one behind it is planned."""
+        stage = self._stage
+        if not (stage.queue and self._end_event and not self.num_steps):
+            return
+        batch: Batch = self._end_event._value
+        if batch.stage_started_at == now and not batch.prefills and self.plan_run(batch, now):
+            self._env.cancel(self._end_event)
+            self._end_event = self._end.at(self.run_ends_at, batch)
+            self._env.shortcuts[self] = None
 
     def take_over(self) -> tuple[Batch, float, float] | None:
         """Leave the batch under way to the process; return it with its end and its duration."""
@@ -291,6 +306,19 @@ class FastStage:
         blocks = replica.scheduler.skip_steps(batch, durations, ended_at)  # type: ignore[attr-defined]
         replica.skip(batch, ends, replica.pool.skip(blocks, started_at, ends))
         batch.stage_started_at = ended_at
+        for planned in stage.queue:
+            _move_along(planned, batch, ends)
+
+
+def _move_along(planned: Batch, batch: Batch, ends: Numbers) -> None:
+    """Let the batch planned behind `batch` be the one that is, after iterations with these ends."""
+    num_steps, num_decodes = len(ends), batch.num_decodes
+    batch.scheduled_at = float(ends[-2]) if num_steps > 1 else planned.scheduled_at
+    planned.scheduled_at = float(ends[-1])
+    planned.batch_index += num_steps
+    planned.decode_context += num_steps * num_decodes
+    planned.total_context += num_steps * num_decodes
+    planned.num_attention_pairs += num_steps * num_decodes
 
 
 def _knows_runs(scheduler: object) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vidur_simpy.kv_cache import BlockPool
-from vidur_simpy.prefix_cache import Block, BlockKeys, PrefixCache, Prefixes
-from vidur_simpy.replica_scheduler.vllm_v1_steps import RequestState
+from vidur_simpy.prefix_cache import NO_HIT, Hit, Holder, PrefixCache, Prefixes
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import RequestState
 
 __all__ = ["RequestBlocks"]
 
@@ -21,12 +23,18 @@ class RequestBlocks:
         One of its blocks is set aside: vLLM's null block, which is never handed out.
     cache : PrefixCache or None
         None to count only.
+
+    Attributes
+    ----------
+    take : callable
+        ``take(num_blocks)`` takes blocks that are free, for one request or for many.
     """
 
     def __init__(self, pool: BlockPool, cache: PrefixCache | None) -> None:
         pool.reserve(1)
         self.pool = pool
         self.cache = cache
+        self.take: Callable[[int], None] = pool.reserve if cache is None else cache.take
         self._prefixes = Prefixes()
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -43,45 +51,39 @@ class RequestBlocks:
             "num_evicted_blocks": self.cache.num_evicted_blocks,
         }
 
-    def longest_hit(self, state: RequestState) -> list[Block]:
+    def longest_hit(self, state: RequestState) -> Hit:
         """Return the cached blocks to start from; the last token is never among them."""
-        if self.cache is None:
-            return []
-        request, block_size = state.request, self.pool.block_size
-        if state.keys is None:
-            state.keys = BlockKeys(
-                self._prefixes,
-                request.hash_ids or (),
-                request.hash_block_size,
-                block_size,
-                request.num_prefill_tokens,
-            )
-        return self.cache.longest_hit(state.keys.of(0, (request.prefill_target - 1) // block_size))
+        request = state.request
+        if self.cache is None or (state.holder is None and not request.hash_ids):
+            return NO_HIT
+        num_blocks = (request.prefill_target - 1) // self.pool.block_size
+        return self.cache.longest_hit(self._holder_of(state), num_blocks)
 
-    def hold(self, state: RequestState, hits: list[Block]) -> None:
+    def hold(self, state: RequestState, hit: Hit) -> None:
         """Let a request that is admitted hold the cached blocks that it starts from."""
         if self.cache is None:
             return
-        num_tokens = len(hits) * self.pool.block_size
-        self.cache.touch(hits)
-        state.blocks = hits
-        state.request.start_prefill(num_tokens)
+        request = state.request
+        num_tokens = hit.num_blocks * self.pool.block_size
+        if num_tokens:
+            self.cache.hold(self._holder_of(state), hit)
+        request.start_prefill(num_tokens)
         self._num_hit_tokens += num_tokens
-        self._num_queried_tokens += state.request.prefill_target
+        self._num_queried_tokens += request.prefill_target
 
-    def take(self, num_blocks: int) -> None:
-        """Take blocks that are free, for one request or for many."""
-        if self.cache is None:
-            self.pool.reserve(num_blocks)
-        else:
-            self.cache.take(num_blocks)
+    def grow(self, state: RequestState, num_tokens: int) -> None:
+        """Take the blocks of further tokens of a prompt; other requests find those that are full.
 
-    def share(self, state: RequestState, num_tokens: int) -> None:
-        """Let other requests find the blocks that the first `num_tokens` tokens of one fill."""
-        if self.cache is not None:
-            assert state.keys is not None, f"{state.request} was never looked up"
-            num_filled = num_tokens // self.pool.block_size
-            self._register(self.cache, state, min(num_filled, state.keys.num_shareable))
+        The tokens are not counted in ``num_scheduled_tokens`` yet.
+        """
+        block_size, num_computed = self.pool.block_size, state.request.num_scheduled_tokens
+        num_tokens += num_computed
+        num_blocks = -(-num_tokens // block_size) - -(-num_computed // block_size)
+        if num_blocks:
+            self.take(num_blocks)
+        holder = state.holder
+        if holder is not None and self.cache is not None:
+            self.cache.register(holder, min(num_tokens // block_size, holder.num_shareable))
 
     def suspend(self, state: RequestState, num_tokens: int, num_findable: int) -> None:
         """Free the blocks of a request's first `num_tokens` tokens, which are all it holds.
@@ -92,9 +94,10 @@ class RequestBlocks:
         if self.cache is None:
             self.pool.free(num_blocks)
             return
-        self._register(self.cache, state, num_findable // self.pool.block_size)
-        self.cache.release(state.blocks, 0, num_blocks - len(state.blocks))
-        state.blocks = []
+        holder = self._holder_of(state)
+        self.cache.register(holder, num_findable // self.pool.block_size)
+        self.cache.free(0, num_blocks - holder.num_blocks)
+        self.cache.release(holder)
 
     def finish(self, state: RequestState, num_tokens: int) -> None:
         """Free the blocks of a request's first `num_tokens` tokens for good."""
@@ -103,10 +106,22 @@ class RequestBlocks:
             self.pool.free(num_blocks)
             return
         # What only the request itself would find needs no entry any more.
-        num_filled = num_tokens // self.pool.block_size
-        num_orphaned = num_filled - len(state.blocks)
-        self.cache.release(state.blocks, num_orphaned, num_blocks - num_filled)
+        num_filled, holder = num_tokens // self.pool.block_size, state.holder
+        if holder is None:
+            self.cache.free(num_filled, num_blocks - num_filled)
+        else:
+            self.cache.free(num_filled - holder.num_blocks, num_blocks - num_filled)
+            self.cache.release(holder)
 
-    def _register(self, cache: PrefixCache, state: RequestState, stop: int) -> None:
-        assert state.keys is not None, f"{state.request} was never looked up"
-        state.blocks += map(cache.register, state.keys.of(len(state.blocks), stop))
+    def _holder_of(self, state: RequestState) -> Holder:
+        """Return what the cache knows a request as; there is nothing before it is needed."""
+        if state.holder is None:
+            request = state.request
+            state.holder = Holder(
+                self._prefixes,
+                request.hash_ids or (),
+                request.hash_block_size,
+                self.pool.block_size,
+                request.num_prefill_tokens,
+            )
+        return state.holder

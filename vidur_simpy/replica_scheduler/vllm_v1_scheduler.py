@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vidur_simpy.entities import Batch, PrefillChunk, Request
-from vidur_simpy.errors import SimulationError
-from vidur_simpy.prefix_cache import Block, PrefixCache, num_unheld
+from vidur_simpy.prefix_cache import Hit, PrefixCache
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
 from vidur_simpy.replica_scheduler.ordering import queue_of
 from vidur_simpy.replica_scheduler.vllm_v1_blocks import RequestBlocks
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import Lockstep, RequestState
 from vidur_simpy.replica_scheduler.vllm_v1_release import release_of
-from vidur_simpy.replica_scheduler.vllm_v1_steps import Lockstep, Plan, RequestState, Step
+from vidur_simpy.replica_scheduler.vllm_v1_steps import Patience, Plan, Step
+from vidur_simpy.replica_scheduler.vllm_v1_walk import Walk
 from vidur_simpy.sums import Numbers
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["VllmV1Scheduler"]
 
 _admission = attrgetter("admission")
-_unimportance = attrgetter("request.priority", "request.arrived_at")
 
 
 class VllmV1Scheduler:
@@ -66,13 +68,17 @@ class VllmV1Scheduler:
         self.in_flight: deque[Step] = deque()
         cache = PrefixCache(pool, reuses_blank_first=release.reuses_blank_blocks_first)
         self.blocks = RequestBlocks(pool, cache if policy.enable_prefix_caching else None)
+        self._max_num_batched_tokens = policy.max_num_batched_tokens
+        self._max_num_running = policy.max_num_active_seqs or policy.max_num_seqs
+        self._has_cap = policy.long_prefill_token_threshold > 0
         self._reserves_full_isl = policy.scheduler_reserve_full_isl and release.has_admission_gate
         self._num_watermark_blocks = int(policy.watermark * pool.num_blocks)
         self._states: dict[Request, RequestState] = {}
         self._num_admissions = 0
         self._waits_for_outputs = False
+        self._admits_nobody = False
         self._hopeless: RequestState | None = None
-        self._num_fruitless = 0
+        self._patience = Patience()
 
     @property
     def num_waiting(self) -> int:
@@ -102,6 +108,7 @@ class VllmV1Scheduler:
         """Queue a new request."""
         self._states[request] = RequestState(request, self.max_model_len)
         self.waiting.append(request)
+        self._admits_nobody = False
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -127,55 +134,44 @@ class VllmV1Scheduler:
 
     def _plan_step(self, now: float) -> Step | None:
         """Plan what runs, then who is admitted; None if that comes to no tokens."""
-        plan = Plan(self.policy.max_num_batched_tokens, self._long_prefill_cap())
+        cap = self._long_prefill_cap() if self._has_cap else self.max_model_len
+        plan = Plan(self._max_num_batched_tokens, cap)
         if not self._serve_everybody(plan):
-            self._walk_running(plan)
-        if not plan.has_preempted:
+            Walk(self, plan).run()
+        if self.waiting and not plan.has_preempted:
             self._admit(plan, now)
+        self._admits_nobody = not plan.has_preempted
         step = self._form(plan)
         if step is not None and step.yields_tokens:
-            self._num_fruitless = 0
+            self._patience.renew()
         else:
-            self._check_progress(now)
+            self._patience.wear(now, self.running, self.waiting)
         return step
-
-    def _check_progress(self, now: float) -> None:
-        """Raise an error if steps go on and on, but nobody gets a token."""
-        self._num_fruitless += 1
-        if self._num_fruitless % 100:
-            return
-        requests = [*(state.request for state in self.running), *self.waiting]
-        # Far more steps than it takes to compute everything token by token.
-        if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
-            ids = ", ".join(str(request.request_id) for request in requests[:10])
-            raise SimulationError(
-                f"at {now:.6g} s no request gets on: {ids} evict one another for ever, as in vLLM "
-                f"requests of equal priority and arrival may; expected other priorities, more "
-                f"KV-cache blocks or scheduler_reserve_full_isl."
-            )
 
     def _long_prefill_cap(self) -> int:
         """Return the most tokens that one request may get in this step."""
         cap = self.policy.long_prefill_token_threshold
         num_requests = len(self.running) + len(self.waiting)
-        is_spared = num_requests <= 1 and self.release.spares_a_lone_request_the_cap
-        if not cap or is_spared:
+        if num_requests <= 1 and self.release.spares_a_lone_request_the_cap:
             return self.max_model_len
         if self.policy.long_prefill_token_threshold_adaptive:
-            return max(cap, self.policy.max_num_batched_tokens // num_requests)
+            return max(cap, self._max_num_batched_tokens // num_requests)
         return cap
 
     def _form(self, plan: Plan) -> Step | None:
         lockstep = self.lockstep
-        given = [item for item in plan.num_tokens.items() if item[0].joined_at is None]
-        if not given and lockstep.num_members == len(plan.skipped):
+        if not plan.chunks and lockstep.num_members == len(plan.skipped):
             return None
         num_decodes, context, ending = lockstep.plan(plan.skipped)
-        chunks = [self._chunk(state, num_tokens, ending) for state, num_tokens in given]
+        chunks: Sequence[PrefillChunk] = ()
+        if plan.chunks:
+            chunks = [self._chunk(state, count, ending) for state, count in plan.chunks.items()]
         step = Step(lockstep.num_planned, chunks, num_decodes, context, self.running)
         step.skipped = plan.skipped
-        # Blocks are freed in the order of the plan; that decides which are reused first.
-        step.ending = sorted(ending, key=_admission)
+        if ending:
+            # Blocks are freed in the order of the plan; that decides which are reused first.
+            ending.sort(key=_admission)
+            step.ending = ending
         return step
 
     def _chunk(
@@ -186,42 +182,50 @@ class VllmV1Scheduler:
         If there is only one token more to come, it is `ending` instead.
         """
         request = state.request
-        request.num_scheduled_tokens += num_tokens
-        if not state.num_left:
+        num_computed = request.num_scheduled_tokens = request.num_scheduled_tokens + num_tokens
+        if num_computed == request.prefill_target:
             del self.prefills[state]
-            if request.prefill_target == state.end - 1:
+            if num_computed == state.end - 1:
                 ending.append(state)
             else:
                 self.lockstep.add(state)
-        return PrefillChunk(request, num_tokens, request.num_scheduled_tokens)
+        return PrefillChunk(request, num_tokens, num_computed)
 
     # -- runs of steps -----------------------------------------------------------------------
 
     def steady_steps(self, step: Step) -> int:
-        """Return how many steps after this one will be its decodes, unless a request arrives.
+        """Return how many steps after those planned will be their decodes, if nobody arrives.
 
-        Not with steps ahead (asynchronous scheduling), nor while somebody has to be walked.
+        None while a prompt goes on, somebody ends or has to be walked, or may be admitted.
         """
-        if self.prefills or step.ending or step.skipped or self.max_running_batches > 1:
+        if self.prefills or len(self.in_flight) < self.max_running_batches:
             return 0
         if self.waiting and not self._waits_in_vain():
             return 0
+        for planned in self.in_flight:
+            if not planned.is_steady(self.lockstep.num_members):
+                return 0
         return self.lockstep.num_steady_steps(self.pool.num_free)
 
     def _waits_in_vain(self) -> bool:
-        """Whether nobody can be admitted until somebody finishes."""
-        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
-        if len(self.running) >= limit:
+        """Whether nobody can be admitted until somebody finishes.
+
+        Who did not get in beside these decodes will not beside the next: tokens and places stay as
+        they are, and a cached block that is reused is one less to start from, and one less free.
+        """
+        if len(self.running) >= self._max_num_running:
             return True
-        return self.waiting.is_steady and self._states[self.waiting[0]] is self._hopeless
+        return self.waiting.is_steady and self._admits_nobody
 
     def skip_steps(self, step: Step, execution_times: Numbers, now: float) -> Numbers:
         """Take steady steps, the last of which ends at `now`; return the blocks that they take."""
         num_blocks = self.lockstep.skip(execution_times, now)
-        step.number += len(num_blocks)
+        for planned in self.in_flight:
+            planned.number += len(num_blocks)
+            planned.is_ahead = len(self.in_flight) > 1
         if self.blocks.cache is not None:
             # Cached blocks may be reused for them. The caller reserves them.
-            total = int(sum(num_blocks))
+            total = sum(num_blocks) if isinstance(num_blocks, list) else int(np.sum(num_blocks))
             self.blocks.take(total)
             self.pool.free(total)
         return num_blocks
@@ -247,60 +251,19 @@ class VllmV1Scheduler:
                 num_tokens = left
             if num_tokens:
                 left -= num_tokens
-                num_blocks += self._num_blocks_for(state, num_tokens)
+                num_blocks += self.num_blocks_for(state, num_tokens)
                 wanted.append((state, num_tokens))
         if num_blocks > self.pool.num_free:
             return False
+        plan.budget -= lockstep.num_members
         for state, num_tokens in wanted:
-            self._give(state, num_tokens, plan)
-        self.blocks.take(num_blocks_in_lockstep)
-        plan.budget = left
+            self.give_chunk(state, num_tokens, plan)
+        if num_blocks_in_lockstep:
+            self.blocks.take(num_blocks_in_lockstep)
         return True
 
-    def _walk_running(self, plan: Plan) -> None:
-        """Plan one request after the other: somebody gets less, or has to go."""
-        plan.order = list(self.running)
-        while plan.position < len(plan.order) and plan.budget > 0:
-            state = plan.order[plan.position]
-            wanted = state.num_left if state.joined_at is None else 1
-            num_tokens = min(wanted, plan.cap, plan.budget)
-            if num_tokens:
-                if not self._make_room(state, num_tokens, plan):
-                    break  # nobody behind it is looked at
-                self._give(state, num_tokens, plan)
-            plan.position += 1
-        plan.skipped = [
-            state
-            for state in plan.order
-            if state.joined_at is not None and state not in plan.num_tokens
-        ]
-
-    def _make_room(self, state: RequestState, num_tokens: int, plan: Plan) -> bool:
-        """Preempt until the blocks of further tokens are free; False if `state` itself went."""
-        while self._num_blocks_for(state, num_tokens) > self.pool.num_free:
-            victim = plan.order[-1]
-            if self.policy.policy == "priority":
-                victim = max(plan.order, key=_unimportance)  # of equals, the first
-            self._preempt(victim, plan.take_back(victim, self.release))
-            if victim is state:
-                return False
-        return True
-
-    def _preempt(self, victim: RequestState, num_tokens: int) -> None:
-        """Free a request's blocks, `num_tokens` just planned included; send it back to `waiting`.
-
-        A token that a step in flight samples is still delivered.
-        """
-        num_in_cache = self._num_computed(victim) + num_tokens
-        num_findable = num_in_cache
-        if self.in_flight and self._yields_a_token(victim):
-            step = self.in_flight[-1]
-            step.give_late(victim)
-            # What a token fills is entered when it is planned again, or was known when planned.
-            was_known = not step.is_ahead or victim.skipped_at == step.number - 1
-            if num_tokens or not was_known:
-                num_findable = max(num_findable - 1, victim.request.prefill_target)
-        self.blocks.suspend(victim, num_in_cache, num_findable)
+    def put_back(self, victim: RequestState) -> None:
+        """Send a request back to `waiting` whose blocks are free; it has to start again."""
         self._hopeless = None
         del self.running[victim]
         self.prefills.pop(victim, None)
@@ -315,69 +278,61 @@ class VllmV1Scheduler:
         """Admit waiting requests from the head on, while tokens, places and blocks last."""
         waiting = self.waiting
         waiting.order(now)
-        limit = self.policy.max_num_active_seqs or self.policy.max_num_seqs
         position = 0
-        while position < len(waiting) and plan.budget > 0 and len(self.running) < limit:
+        while position < len(waiting) and plan.budget > 0:
+            if len(self.running) >= self._max_num_running:
+                return
             state = self._states[waiting[position]]
             if state is self._hopeless:
                 return
-            hits = self.blocks.longest_hit(state)
-            num_cached_tokens = len(hits) * self.pool.block_size
+            hit = self.blocks.longest_hit(state)
+            num_cached_tokens = hit.num_blocks * self.pool.block_size
             num_tokens = min(state.request.prefill_target - num_cached_tokens, plan.cap)
-            if num_tokens > plan.budget and not self.policy.enable_chunked_prefill:
-                if self.release.stops_at_a_prompt_above_the_budget:
-                    return
-                position += 1
-                continue
-            num_tokens = min(num_tokens, plan.budget)
-            if not self._fits(state, hits, num_cached_tokens + num_tokens):
+            if num_tokens > plan.budget:
+                if not self.policy.enable_chunked_prefill:
+                    if self.release.stops_at_a_prompt_above_the_budget:
+                        return
+                    position += 1
+                    continue
+                num_tokens = plan.budget
+            if not self._fits(state, hit, num_cached_tokens + num_tokens):
                 # Nor will it before blocks are freed or a prompt goes on: no need to look again.
                 self._hopeless = state if self._reserves_full_isl else None
                 return
             del waiting[position]
-            self._start(state, hits)
-            self._give(state, num_tokens, plan)
+            self.running[state] = self.prefills[state] = None
+            state.admission = self._num_admissions
+            self._num_admissions += 1
+            self.blocks.hold(state, hit)
+            self.give_chunk(state, num_tokens, plan)
 
-    def _fits(self, state: RequestState, hits: list[Block], num_tokens: int) -> bool:
+    def _fits(self, state: RequestState, hit: Hit, num_tokens: int) -> bool:
         """Whether blocks for the first tokens, or for all that are known, are free."""
         if self._reserves_full_isl:
             num_tokens = max(num_tokens, state.request.prefill_target)
-        num_blocks = self.pool.blocks_of(num_tokens) - len(hits) + num_unheld(hits)
+        num_blocks = self.pool.blocks_of(num_tokens) - hit.num_blocks + hit.num_unheld
         if self.running:
             num_blocks += self._num_watermark_blocks
         return num_blocks <= self.pool.num_free
 
-    def _start(self, state: RequestState, hits: list[Block]) -> None:
-        """Move a request to `running`, behind the tokens that are cached."""
-        self.blocks.hold(state, hits)
-        self.running[state] = self.prefills[state] = None
-        state.admission = self._num_admissions
-        self._num_admissions += 1
-
     # -- tokens and their blocks -------------------------------------------------------------
 
-    def _yields_a_token(self, state: RequestState) -> bool:
-        """Whether the step planned last samples a token of a running request."""
-        return not state.num_left and state.skipped_at != self.lockstep.num_planned
-
-    def _num_computed(self, state: RequestState) -> int:
+    def num_computed(self, state: RequestState) -> int:
         """Tokens of a running request that are computed, or will be by the steps planned."""
         if state.joined_at is not None:
             return self.lockstep.num_computed(state)
         return state.request.num_scheduled_tokens if state.num_left else state.end - 1
 
-    def _num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
-        """Blocks that further tokens take."""
-        blocks_of, num_computed = self.pool.blocks_of, self._num_computed(state)
-        return blocks_of(num_computed + num_tokens) - blocks_of(num_computed)
+    def num_blocks_for(self, state: RequestState, num_tokens: int) -> int:
+        """Blocks that further tokens of a running request take."""
+        block_size, num_computed = self.pool.block_size, self.num_computed(state)
+        return -(-(num_computed + num_tokens) // block_size) - -(-num_computed // block_size)
 
-    def _give(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
-        """Plan tokens of a request, with their blocks; a prompt can be found from now on."""
-        plan.num_tokens[state] = num_tokens
+    def give_chunk(self, state: RequestState, num_tokens: int, plan: Plan) -> None:
+        """Plan tokens of a prompt, with their blocks; it can be found that far from now on."""
+        plan.chunks[state] = num_tokens
         plan.budget -= num_tokens
-        self.blocks.take(self._num_blocks_for(state, num_tokens))
-        if state.joined_at is None:
-            self.blocks.share(state, self._num_computed(state) + num_tokens)
+        self.blocks.grow(state, num_tokens)
         self._hopeless = None
 
     # -- outputs -----------------------------------------------------------------------------
@@ -390,17 +345,24 @@ class VllmV1Scheduler:
         step = self.in_flight.popleft()
         assert step is batch, "steps end in the order in which they were planned"
         self._waits_for_outputs = False
-        lockstep = self.lockstep
-        lockstep.end_step(now, step.execution_time)
-        for state in step.skipped:
-            if state.request.decode_set is lockstep:
-                lockstep.leave_out(state.request, step.execution_time)
+        self.lockstep.end_step(now, step.execution_time)
+        if step.skipped:
+            self._leave_out(step)
         for chunk in step.prefills:
-            if chunk.is_current:
+            if chunk.num_restarts == chunk.request.num_restarts:
                 self._end_chunk(chunk, now)
+        if not (step.ending or step.late):
+            return ()
+        self._admits_nobody = False
         completed = [self._finish(state) for state in step.ending]
         completed += [state.request for state in step.late if self._deliver_late(state, step, now)]
         return completed
+
+    def _leave_out(self, step: Step) -> None:
+        """Do not count a step for the members of the lockstep that it skipped."""
+        for state in step.skipped:
+            if state.request.decode_set is self.lockstep:
+                self.lockstep.leave_out(state.request, step.execution_time)
 
     def _end_chunk(self, chunk: PrefillChunk, now: float) -> None:
         request = chunk.request
@@ -421,13 +383,7 @@ class VllmV1Scheduler:
     def _deliver_late(self, state: RequestState, step: Step, now: float) -> bool:
         """Give a request that waits again the token that was in flight; whether it was the last."""
         request = state.request
-        request.prefill_target += 1
-        if request.first_token_at is None:
-            request.first_token_at = now
-        if request.last_stage_end is not None and request.last_stage_end < now:
-            request.preempted_time += step.stage_started_at - request.last_stage_end
-            request.execution_time += step.execution_time
-            request.last_stage_end = now
+        step.deliver_late(request, now)
         self._hopeless = None
         if request.prefill_target < state.end:
             return False

@@ -1,227 +1,16 @@
-"""What the vLLM V1 scheduler keeps of its requests, so that a step costs what it changes."""
+"""The steps of the vLLM V1 scheduler: in the making, planned, and fruitless ones."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from heapq import heappop, heappush
 
-from vidur_simpy.decode_set import SharedSteps
 from vidur_simpy.entities import Batch, PrefillChunk, Request
-from vidur_simpy.prefix_cache import Block, BlockKeys
-from vidur_simpy.replica_scheduler.vllm_v1_release import Release
-from vidur_simpy.sums import Numbers, repeated
+from vidur_simpy.errors import SimulationError
+from vidur_simpy.replica_scheduler.vllm_v1_lockstep import RequestState
 
-__all__ = ["Lockstep", "Plan", "RequestState", "Step"]
+__all__ = ["Patience", "Plan", "Step"]
 
-
-class RequestState:
-    """One request inside the scheduler.
-
-    vLLM knows neither prefill nor decode: a request has tokens that are known and tokens that are
-    computed, and wants the difference. While prompt tokens are left, ``request.prefill_target``
-    are known and ``request.num_scheduled_tokens`` computed, or about to be; from then on each step
-    computes one token, and a :class:`Lockstep` counts.
-
-    Attributes
-    ----------
-    request : Request
-    end : int
-        Prompt and output tokens together at which it ends.
-    admission : int
-        Number of its latest admission; `running` is in this order.
-    joined_at : int or None
-        Step of the lockstep from which its computed tokens are counted; None outside of it.
-    skipped_at : int
-        Last step of the lockstep that it was left out of.
-    blocks : list of Block
-        Those of its blocks, from the first, that are in the prefix cache; the rest are counted.
-    keys : BlockKeys or None
-        Made when first needed.
-    """
-
-    __slots__ = (
-        "admission",
-        "blocks",
-        "end",
-        "joined_at",
-        "keys",
-        "request",
-        "skipped_at",
-    )
-
-    def __init__(self, request: Request, max_model_len: int) -> None:
-        self.request = request
-        self.end = min(request.num_tokens, max_model_len)
-        self.admission = -1
-        self.joined_at: int | None = None
-        self.skipped_at = -1
-        self.blocks: list[Block] = []
-        self.keys: BlockKeys | None = None
-
-    @property
-    def num_left(self) -> int:
-        """Prompt tokens that no step was planned for; 0 once it yields output."""
-        return self.request.prefill_target - self.request.num_scheduled_tokens
-
-
-class Lockstep(SharedSteps):
-    """Requests that compute one token in every step.
-
-    Steps are numbered from 1 when they are planned; `iteration` counts those that have ended, and
-    lags behind by what is in flight. A request's future is written down when it is added: the step
-    that samples its last token, and the steps that begin a new block.
-
-    Parameters
-    ----------
-    block_size : int
-        Tokens per KV-cache block.
-
-    Attributes
-    ----------
-    num_planned : int
-        Number of the step planned last.
-    num_members : int
-    context : int
-        Computed tokens, summed over the members.
-    """
-
-    __slots__ = (
-        "_block_size",
-        "_ending",
-        "_ends",
-        "_phases",
-        "context",
-        "num_members",
-        "num_planned",
-    )
-
-    def __init__(self, block_size: int) -> None:
-        super().__init__()
-        self.num_planned = 0
-        self.num_members = 0
-        self.context = 0
-        self._block_size = block_size
-        self._ending: dict[int, dict[RequestState, None]] = {}
-        self._ends: list[int] = []
-        self._phases = [0] * block_size
-
-    @property
-    def num_blocks_needed(self) -> int:
-        """Blocks that the next step takes: one for each member whose last block is full."""
-        return self._phases[self.num_planned % self._block_size]
-
-    def num_computed(self, state: RequestState) -> int:
-        """Tokens of a member that are computed, or will be by the steps planned."""
-        assert state.joined_at is not None, f"{state.request} is no member"
-        return state.request.prefill_target + self.num_planned - state.joined_at
-
-    def add(self, state: RequestState) -> None:
-        """Add a request all of whose known tokens are planned; the next step is its first."""
-        state.joined_at = self.num_planned
-        self._enter(state)
-
-    def remove(self, state: RequestState) -> None:
-        """Take a member out before its last step."""
-        self._exit(state)
-        state.joined_at = None
-
-    def plan(self, skipped: Iterable[RequestState]) -> tuple[int, int, list[RequestState]]:
-        """Plan a step for all members but those `skipped`. O(what changes).
-
-        Returns
-        -------
-        num_decodes : int
-            Members that take part.
-        context : int
-            Their tokens in the KV cache once the step is done.
-        ending : list of RequestState
-            Those whose last token the step samples. They are members no longer.
-        """
-        for state in skipped:
-            self._exit(state)
-        num_decodes = self.num_members
-        self.num_planned += 1
-        self.context += num_decodes
-        context = self.context
-        ending = list(self._ending.get(self.num_planned, ()))
-        for state in ending:
-            self.remove(state)
-        while self._ends and self._ends[0] <= self.num_planned:
-            heappop(self._ends)
-        for state in skipped:
-            assert state.joined_at is not None, f"{state.request} is no member"
-            state.joined_at += 1
-            state.skipped_at = self.num_planned
-            self._enter(state)
-        return num_decodes, context, ending
-
-    def _enter(self, state: RequestState) -> None:
-        last_step, phase = self._future(state)
-        if last_step not in self._ending:
-            self._ending[last_step] = {}
-            heappush(self._ends, last_step)
-        self._ending[last_step][state] = None
-        self._phases[phase] += 1
-        self.num_members += 1
-        self.context += self.num_computed(state)
-
-    def _exit(self, state: RequestState) -> None:
-        last_step, phase = self._future(state)
-        bucket = self._ending[last_step]
-        del bucket[state]
-        if not bucket:
-            del self._ending[last_step]
-        self._phases[phase] -= 1
-        self.num_members -= 1
-        self.context -= self.num_computed(state)
-
-    def _future(self, state: RequestState) -> tuple[int, int]:
-        """Return a member's last step, and the steps, modulo block size, that begin a block."""
-        assert state.joined_at is not None, f"{state.request} is no member"
-        # The step after which nothing is computed, as it were: 0 = prefill_target + step - joined.
-        origin = state.joined_at - state.request.prefill_target
-        return origin + state.end - 1, origin % self._block_size
-
-    def num_steady_steps(self, num_free: int) -> int:
-        """Further steps after the one planned last that nobody ends with and blocks suffice for.
-
-        A lower bound; `num_free` are the blocks free now.
-        """
-        if not self.num_members:
-            return 0
-        ends = self._ends
-        while ends[0] not in self._ending:
-            heappop(ends)
-        # In as many steps as a block has tokens each member takes a block.
-        most = self._block_size * (num_free // self.num_members)
-        return min(ends[0] - 1 - self.num_planned, most)
-
-    def skip(self, execution_times: Numbers, now: float) -> Numbers:
-        """End the step planned last and as many more as there are times, all steady.
-
-        Parameters
-        ----------
-        execution_times : sequence of float
-            Time of each step, in seconds.
-        now : float
-            End of the last one, in seconds.
-
-        Returns
-        -------
-        sequence of int
-            Blocks that the step after each of them takes.
-        """
-        num_steps, first = len(execution_times), self.num_planned
-        self.add_times(execution_times, now)
-        self.num_planned += num_steps
-        self.context += num_steps * self.num_members
-        return repeated(self._phases, first, num_steps)
-
-    def end_step(self, now: float, execution_time: float) -> None:
-        """Count a step that ended at `now` and took `execution_time`, both in seconds."""
-        self.iteration += 1
-        self.execution_time += execution_time
-        self.last_end = now
+NOBODY: Sequence[RequestState] = ()
 
 
 class Plan:
@@ -233,40 +22,65 @@ class Plan:
         Tokens that are left to give.
     cap : int
         Most tokens that one request may get.
-    num_tokens : dict of RequestState to int
-        What was given, in order. The members of the lockstep are in it only if the requests had
-        to be walked one by one.
-    order, position : list of RequestState, int
-        The requests of that walk, and the next one of them.
-    skipped : list of RequestState
+    chunks : dict of RequestState to int
+        The prompt tokens that were given, in order.
+    steps : set of RequestState
+        Members of the lockstep that were given theirs, if the requests had to be walked.
+    skipped : sequence of RequestState
         Members of the lockstep that got nothing.
     has_preempted : bool
         Whether somebody had to go.
     """
 
-    __slots__ = ("budget", "cap", "has_preempted", "num_tokens", "order", "position", "skipped")
+    __slots__ = ("budget", "cap", "chunks", "has_preempted", "skipped", "steps")
 
     def __init__(self, budget: int, cap: int) -> None:
         self.budget = budget
         self.cap = cap
-        self.num_tokens: dict[RequestState, int] = {}
-        self.order: list[RequestState] = []
-        self.position = 0
-        self.skipped: list[RequestState] = []
+        self.chunks: dict[RequestState, int] = {}
+        self.steps: set[RequestState] = set()
+        self.skipped = NOBODY
         self.has_preempted = False
 
-    def take_back(self, victim: RequestState, release: Release) -> int:
+    def take_back(self, victim: RequestState) -> int:
         """Take a preempted request out; return the tokens that it had been given."""
-        position = self.order.index(victim)
-        del self.order[position]
-        self.has_preempted = True
-        num_tokens = self.num_tokens.pop(victim, 0)
-        is_refunded = num_tokens > 0 and release.refunds_planned_victims
-        if is_refunded:
-            self.budget += num_tokens
-        if position < self.position and (is_refunded or release.moves_back_for_any_victim):
-            self.position -= 1
-        return num_tokens
+        if victim in self.steps:
+            self.steps.remove(victim)
+            return 1
+        return self.chunks.pop(victim, 0)
+
+
+class Patience:
+    """Notices that steps go on and on, but nobody gets a token."""
+
+    __slots__ = ("_num_fruitless",)
+
+    def __init__(self) -> None:
+        self._num_fruitless = 0
+
+    def renew(self) -> None:
+        """Take note of a step that yields tokens."""
+        self._num_fruitless = 0
+
+    def wear(self, now: float, running: Iterable[RequestState], waiting: Iterable[Request]) -> None:
+        """Take note of a step that yields none to these requests.
+
+        Raises
+        ------
+        SimulationError
+            After far more such steps than it takes to compute everything token by token.
+        """
+        self._num_fruitless += 1
+        if self._num_fruitless % 100:
+            return
+        requests = [*(state.request for state in running), *waiting]
+        if self._num_fruitless > 100 + 10 * sum(request.prefill_target for request in requests):
+            ids = ", ".join(str(request.request_id) for request in requests[:10])
+            raise SimulationError(
+                f"at {now:.6g} s no request gets on: {ids} evict one another for ever, as in vLLM "
+                f"requests of equal priority and arrival may; expected other priorities, more "
+                f"KV-cache blocks or scheduler_reserve_full_isl."
+            )
 
 
 class Step(Batch):
@@ -278,15 +92,19 @@ class Step(Batch):
         Its number in the lockstep.
     is_ahead : bool
         Whether another one was in flight when it was planned.
-    ending : list of RequestState
+    ending : sequence of RequestState
         Requests whose last token this step samples.
     skipped : sequence of RequestState
         Members of the lockstep that take no part.
-    late : list of RequestState
+    late : sequence of RequestState
         Requests preempted while this step, which samples a token of theirs, was in flight.
     """
 
     __slots__ = ("_running", "ending", "is_ahead", "late", "number", "skipped")
+
+    ending: Sequence[RequestState]
+    skipped: Sequence[RequestState]
+    late: Sequence[RequestState]
 
     def __init__(
         self,
@@ -297,16 +115,15 @@ class Step(Batch):
         running: Collection[RequestState],
     ) -> None:
         super().__init__(None, chunks)
-        self.num_decodes = num_decodes
-        self.decode_context = decode_context
-        self.num_tokens += num_decodes
-        self.total_context += decode_context
-        self.num_attention_pairs += decode_context
+        if num_decodes:
+            self.num_decodes = num_decodes
+            self.decode_context = decode_context
+            self.num_tokens += num_decodes
+            self.total_context += decode_context
+            self.num_attention_pairs += decode_context
         self.number = number
         self.is_ahead = False
-        self.ending: list[RequestState] = []
-        self.skipped: Sequence[RequestState] = ()
-        self.late: list[RequestState] = []
+        self.ending = self.skipped = self.late = NOBODY
         self._running = running
 
     @property
@@ -316,11 +133,26 @@ class Step(Batch):
             chunk.context == chunk.request.prefill_target for chunk in self.prefills
         )
 
+    def is_steady(self, num_members: int) -> bool:
+        """Whether it decodes for all members of the lockstep, of whom nobody comes or goes."""
+        is_disturbed = self.prefills or self.ending or self.skipped or self.late
+        return self.num_decodes == num_members and not is_disturbed
+
     def give_late(self, state: RequestState) -> None:
         """Note that a request it samples a token of was preempted."""
-        self.late.append(state)
+        self.late = [*self.late, state]
         if state in self.ending:
-            self.ending.remove(state)
+            self.ending = [other for other in self.ending if other is not state]
+
+    def deliver_late(self, request: Request, now: float) -> None:
+        """Give a request that was preempted its token of this step, which ended at `now`."""
+        request.prefill_target += 1
+        if request.first_token_at is None:
+            request.first_token_at = now
+        if request.last_stage_end is not None and request.last_stage_end < now:
+            request.preempted_time += self.stage_started_at - request.last_stage_end
+            request.execution_time += self.execution_time
+            request.last_stage_end = now
 
     def decoding(self) -> list[Request]:
         """Return the requests that decode, in the order of the plan. O(running)."""
