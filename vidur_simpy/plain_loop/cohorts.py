@@ -199,37 +199,36 @@ def gather(
     left: list[Entry] = []
     size = 0
     for entry in running:
-        kind = type(entry)
         if size == most:
             left.append(entry)
-        elif kind is Partial:
+        elif isinstance(entry, Partial):
             partials.append(entry)
-        elif kind is tuple:
+        elif isinstance(entry, Cohort):
+            if cohort is None:
+                cohort = entry
+            else:
+                cohort.absorb(entry, most - size)
+                if entry.members:
+                    left.append(entry)
+            size = len(cohort.members)
+        else:
             if cohort is None:
                 cohort = Cohort(block_size)
             cohort.join(entry)
             size += 1
-        elif cohort is None:
-            cohort, size = entry, len(entry.members)
-        else:
-            cohort.absorb(entry, most - size)
-            size = len(cohort.members)
-            if entry.members:
-                left.append(entry)
     return cohort, partials, left
 
 
 def kept(skipped: list[Partial], left: list[Entry]) -> list[Entry]:
     """Put what is for a later batch in order of arrival."""
     if not skipped and len(left) == 1:
-        (entry,) = left
-        if type(entry) is Cohort:
-            entry.sort_by_arrival()
+        if isinstance(left[0], Cohort):
+            left[0].sort_by_arrival()
         return left
-    entries: list[Entry] = [*skipped]
+    entries: list[Partial | Member] = [*skipped]
     for entry in left:
-        if type(entry) is Cohort:
+        if isinstance(entry, Cohort):
             entries += [entry.leave(member) for member in list(entry.members.values())]
         else:
             entries.append(entry)
-    return sorted(entries, key=_arrived_at)
+    return [*sorted(entries, key=_arrived_at)]

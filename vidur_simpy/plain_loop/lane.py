@@ -118,7 +118,7 @@ class Lane:
         executed = last_end = 0.0
         is_partial = is_partial_taken = is_partial_skipped = False
         partial, done, scheduled_at, spent, gap, since = (0, 0, 0, 0.0), 0, 0.0, 0.0, 0.0, 0.0
-        batch = Batch()  # the one under way, again and again
+        batch: Any = Batch()  # the one under way, again and again
         chunks: list[Chunk] = []
         spare: list[Chunk] = []  # used again and again
         whole: list[tuple[Row, float, float, float]] = []  # whose prompt ends in this batch

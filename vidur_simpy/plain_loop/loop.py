@@ -210,7 +210,7 @@ class _Loop:
 
             return choose
         if getattr(route, "ignores_requests", False):
-            return lambda row: route(None, numbers)  # type: ignore[no-any-return]
+            return lambda row: route(None, numbers)
         made = enumerate(self.requests.table.iterate())
 
         def choose_for(row: int) -> int:

@@ -38,12 +38,12 @@ UnderWay: TypeAlias = tuple[
     float,
 ]
 """A batch in the pipeline: when it ends; what decodes, and how many; prompts with the tokens of
-each that are computed; when it was formed; when its stages end, and when they do with the batch before;
-their durations, and the sum of them. Times in seconds."""
+each that are computed; when it was formed; when its stages end, and when those of the batch before
+do; their durations, and the sum of them. Times in seconds."""
 
 
 class PipelineLane:
-    """The batches of one replica; as :class:`Lane`."""
+    """The batches of one replica; it has what a lane of one stage has."""
 
     def __init__(
         self,
@@ -64,12 +64,16 @@ class PipelineLane:
         next(self._batches)
         self.send = self._batches.send
 
+    def note_arrival(self, now: float) -> bool:
+        """Have what is under way heed a request that arrives `now`: there is nothing to heed it."""
+        return False
+
     def close(self) -> None:
         """Leave everything to the processes of the replica."""
         self._batches.close()
 
     def _execute(self) -> Generator[float, float, None]:
-        """Execute batches: see :meth:`Lane._execute`."""
+        """Execute batches; what is sent and answered is as with a lane of one stage."""
         replica, horizon, waiting = self.replica, self._horizon, self.waiting
         env, pool, stages, timeline = replica.env, replica.pool, replica.stages, replica.timeline
         stage_time, index, num_stages = stages[0].stage_time, replica.replica_id, len(stages)
@@ -79,12 +83,13 @@ class PipelineLane:
         max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
         members, ends = self._completions.members, self._completions.ends
         num_outstanding = self._completions.num_outstanding
-        nothing: list[Any] = []
+        no_partials: list[Partial] = []
         numbers = range(num_stages)
 
         running: list[Entry] = []
         under_way: deque[UnderWay] = deque()
-        batch, spare = Batch(), [Chunk() for _ in range(max_batch_size + num_stages)]
+        batch: Any = Batch()  # the one to be formed, again and again
+        spare = [Chunk() for _ in range(max_batch_size + num_stages)]
         free_at = [0.0] * num_stages  # when each stage is done with the last batch
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
         busy, busy_time = [0.0] * num_stages, 0.0
@@ -177,17 +182,17 @@ class PipelineLane:
                         usage += (num_blocks - free) * (now - usage_since)
                         usage_since = now
                     cohort = None
-                    partials = left = skipped = nothing
+                    partials = skipped = no_partials
                     if running:
                         if free <= max_batch_size:
                             env._now = now
                             yield STUCK  # soon somebody may have to give way
                             return
-                        if len(running) == 1 and type(running[0]) is Cohort:
-                            cohort = running.pop()
+                        head = running[0]
+                        if len(running) == 1 and isinstance(head, Cohort):
+                            cohort, running = head, []
                         else:
-                            cohort, partials, left = gather(running, max_batch_size, block_size)
-                            running = left
+                            cohort, partials, running = gather(running, max_batch_size, block_size)
                     num_decodes = context = 0
                     if cohort is not None:
                         num_decodes = len(cohort.members)
@@ -205,8 +210,8 @@ class PipelineLane:
                             room -= length
                         else:
                             skipped = [*skipped, partial]
-                    if skipped or left:
-                        running = kept(skipped, left)
+                    if skipped or running:
+                        running = kept(skipped, running)
                     while (
                         waiting
                         and room > 0
