@@ -23,6 +23,8 @@ class Expected:
         Where a request is noted when it is made.
     keep : callable
         Takes the columns of requests that are complete and were never made.
+    watched : callable
+        Returns whether somebody watches how far they are.
 
     Attributes
     ----------
@@ -34,13 +36,20 @@ class Expected:
         table: RequestArrays,
         live: dict[int, Request],
         keep: Callable[[Mapping[str, Any]], None],
+        watched: Callable[[], bool],
     ) -> None:
         self.table = table
+        self._watched = watched
         self.keep = keep
         self._live = live
 
     def __iter__(self) -> Iterator[Request]:
         return self.made_from(0)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody watches how far they are."""
+        return self._watched()
 
     def made_from(self, first: int) -> Iterator[Request]:
         """Make each request from row `first` on when it is asked for."""
@@ -79,10 +88,19 @@ class Roster:
         """Requests that did not come from the workload."""
         return len(self._submitted_ids)
 
-    def expect(self, table: RequestArrays, keep: Callable[[Mapping[str, Any]], None]) -> Expected:
+    def expect(
+        self,
+        table: RequestArrays,
+        keep: Callable[[Mapping[str, Any]], None],
+        watched: Callable[[], bool],
+    ) -> Expected:
         """Take the numbers of a workload; return its requests, live once they are made.
 
-        `keep` takes the columns of those that are complete without having been made.
+        Parameters
+        ----------
+        table : RequestArrays
+        keep, watched : callable
+            See :class:`Expected`.
         """
         self.num_expected = len(table)
         if table.request_id is None:
@@ -91,7 +109,7 @@ class Roster:
         elif len(table):
             self._workload_ids = set(table.request_id.tolist())
             self._next_id = 1 + max(self._workload_ids)
-        return Expected(table, self.live, keep)
+        return Expected(table, self.live, keep, watched)
 
     def submit(self, request: Request, now: float) -> float:
         """Take a request that a user submits `now`; return when it arrives, in seconds.

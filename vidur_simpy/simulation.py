@@ -153,7 +153,7 @@ class Simulation:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
-        expected = self._roster.expect(table, self._keep)
+        expected = self._roster.expect(table, self._keep, self._is_watched)
         self.env.process(arrivals(self.env, expected, self.router))
 
     def _refuse(self, request: Request) -> None:
@@ -176,6 +176,10 @@ class Simulation:
         self._request_log.append_columns(columns)
         if self._bar is not None:
             self._bar.tick()
+
+    def _is_watched(self) -> bool:
+        """Whether a bar shows how far the run is; rows that go to files stay together."""
+        return self._bar is not None and self._record_to is None
 
     # -- what a user does with it ------------------------------------------------------------
 

@@ -32,9 +32,12 @@ class Completions:
         set, the replica, and how many.
     num_outstanding : list of int
         By replica: requests routed there that are not complete.
+    many : int
+        When there are so many they are to be taken away.
     """
 
-    def __init__(self, num_replicas: int) -> None:
+    def __init__(self, num_replicas: int, many: int) -> None:
+        self.many = many
         self.members: list[Member] = []
         self.ends: list[tuple[float, float, int, int]] = []
         self.num_outstanding = [0] * num_replicas

@@ -109,7 +109,7 @@ class Lane:
         is_mixed = isinstance(scheduler, SarathiScheduler)  # decodes and prompts in one batch
         max_tokens = scheduler.chunk_size if is_mixed else scheduler.max_num_batched_tokens
         members, ends = self._completions.members, self._completions.ends
-        num_outstanding = self._completions.num_outstanding
+        num_outstanding, many = self._completions.num_outstanding, self._completions.many
 
         finishing: dict[int, list[Member]] = {}
         finishes: list[int] = []
@@ -175,6 +175,8 @@ class Lane:
                             num_completed += len(finished)
                             members += finished
                             ends.append((now, executed, index, len(finished)))
+                            if len(members) >= many:
+                                horizon[0] = -inf  # come back, so that they can be taken away
                             while finishes and finishes[0] <= iteration:
                                 heappop(finishes)
                     if chunks:

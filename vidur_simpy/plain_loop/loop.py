@@ -27,7 +27,7 @@ KNOWN = ((SarathiScheduler, VllmScheduler), (SarathiScheduler,))
 __all__ = ["ExpectedRequests", "after_plain_loop"]
 
 # Completed requests are taken away as columns when there are so many.
-_MANY = 4_096
+_FEW, _MANY = 128, 4_096
 
 
 class ExpectedRequests(Protocol):
@@ -36,6 +36,10 @@ class ExpectedRequests(Protocol):
     @property
     def table(self) -> RequestArrays:
         """All of them as columns."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody watches how far they are."""
 
     def made(self, row: int) -> Request:
         """Make one request."""
@@ -85,7 +89,9 @@ class _Loop:
         # Until then the lane that was sent the present instant may go on by itself.
         self.horizon = [inf]
         self.num_arrived = 0
-        self.completions = Completions(len(router.replicas))
+        # Whoever watches the progress sees requests when they are taken away.
+        many = _FEW if requests.is_watched else _MANY
+        self.completions = Completions(len(router.replicas), many)
         self.lanes = [
             (Lane if replica.num_stages == 1 else PipelineLane)(
                 replica, self.completions, self.horizon, requests.made
@@ -111,6 +117,7 @@ class _Loop:
         runs = [lane.run for lane in lanes]
         choose = self._choice()
         num_outstanding, members = self.completions.num_outstanding, self.completions.members
+        many = self.completions.many
         # When the batch under way of each replica ends; in the heap those that have one. An entry
         # of the heap is void when a run was cut, since its replica has an earlier one then.
         ends = [inf] * len(lanes)
@@ -128,6 +135,8 @@ class _Loop:
                     min(arrives_at, *[entry[0] for entry in heap[1:3]]) if heap[1:] else arrives_at
                 )
                 ends[index] = ends_at = sends[index](now)
+                if len(members) >= many:
+                    self._keep()
                 if ends_at == inf:
                     heappop(heap)
                 elif ends_at == STUCK:
@@ -170,8 +179,6 @@ class _Loop:
                     return
                 if ends_at != inf:
                     heappush(heap, (ends_at, index))
-            if len(members) >= _MANY:
-                self._keep()
 
     def _arrivals(self) -> Iterator[tuple[float, Row]]:
         """Each instant of arrival with its row; those that may be too long have ``~row``."""

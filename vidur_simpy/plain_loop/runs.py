@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from functools import cache
 from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -52,8 +53,6 @@ class DecodeRun:
         "_durations",
         "_limit",
         "_num_blocks",
-        "_rounds",
-        "_started_at",
         "_state",
         "_sums",
         "_timeline",
@@ -68,9 +67,6 @@ class DecodeRun:
         self._num_blocks = replica.pool.num_blocks
         self._timeline = replica.timeline
         self._limit = _SHORTEST
-        # The position of each iteration among those of a block, counted from the start of one.
-        block_size = replica.pool.block_size
-        self._rounds = np.arange(_LONGEST + block_size) % block_size
         self.num_steps = 0
         self.ends: list[float] = []
         self.arrivals: list[float] = []
@@ -137,7 +133,7 @@ class DecodeRun:
             first = (iteration + 1) % len(phases)
             used = np.empty(num_steps + 1)
             used[0], used[1] = 0.0, used_before
-            used[2:] = np.array(phases)[self._rounds[first : first + num_steps - 1]]
+            used[2:] = np.array(phases)[_rounds(len(phases))[first : first + num_steps - 1]]
             used = np.add.accumulate(used)
             held = np.empty(num_steps + 1)
             held[0] = usage
@@ -173,3 +169,9 @@ class DecodeRun:
                 now, num_running, num_waiting, int(used[first + 2]) / num_blocks
             )
             first = bisect_left(ends, next_at, first + 1, num_ends)
+
+
+@cache
+def _rounds(block_size: int) -> NDArray[np.int64]:
+    """Return the position of many iterations among those of a block, from the start of one."""
+    return np.arange(_LONGEST + block_size) % block_size
