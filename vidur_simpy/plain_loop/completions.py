@@ -32,12 +32,15 @@ class Completions:
         set, the replica, and how many.
     num_outstanding : list of int
         By replica: requests routed there that are not complete.
+    num_restarts : dict of int to int
+        By row, of requests that were restarted.
     many : int
         When there are so many they are to be taken away.
     """
 
     def __init__(self, num_replicas: int, many: int) -> None:
         self.many = many
+        self.num_restarts: dict[int, int] = {}
         self.members: list[Member] = []
         self.ends: list[tuple[float, float, int, int]] = []
         self.num_outstanding = [0] * num_replicas
@@ -61,6 +64,10 @@ class Completions:
         own = executed - joined
         waited = completed_at - since - own
         requests = table.take(rows)
+        some = {}
+        if self.num_restarts:
+            restarts = [self.num_restarts.pop(row, 0) for row in rows.tolist()]
+            some["num_restarts"] = np.array(restarts)
         return {
             "request_id": rows if requests.request_id is None else requests.request_id,
             "replica_id": replica_id,
@@ -73,6 +80,7 @@ class Completions:
             "execution_time": spent + own,
             "preempted_time": gap + np.where(waited > 0.0, waited, 0.0),
             "num_output_tokens": requests.num_decode_tokens,
+            **some,
             **{
                 name: requests.cells(name)
                 for name in ("priority", "deadline", "session_id")

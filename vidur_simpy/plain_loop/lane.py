@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from heapq import heappop, heappush
-from itertools import chain
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
 from vidur_simpy.plain_loop.completions import Completions, Member, Row
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.runs import DecodeRun
+from vidur_simpy.plain_loop.shortage import Restart, give_way
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Lane:
         self.arrived_at = -inf
         self._make = make
         self._completions = completions
+        self._restarts: dict[int, Restart] = {}  # by row
         self._horizon = horizon
         self._batches = self._execute()
         next(self._batches)
@@ -108,12 +109,13 @@ class Lane:
         max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
         is_mixed = isinstance(scheduler, SarathiScheduler)  # decodes and prompts in one batch
         max_tokens = scheduler.chunk_size if is_mixed else scheduler.max_num_batched_tokens
-        members, ends = self._completions.members, self._completions.ends
+        completed, ends = self._completions.members, self._completions.ends
         num_outstanding, many = self._completions.num_outstanding, self._completions.many
 
-        finishing: dict[int, list[Member]] = {}
+        restarts = self._restarts
+        cohort = Cohort(block_size)  # whose numbers are variables here
+        decoding, finishing, phases = cohort.members, cohort.finishing, cohort.phases
         finishes: list[int] = []
-        phases = [0] * block_size
         size = iteration = processed = 0  # of the decode set: members, steps, tokens
         executed = last_end = 0.0
         is_partial = is_partial_taken = is_partial_skipped = False
@@ -166,6 +168,7 @@ class Lane:
                         if iteration in finishing:
                             finished = finishing.pop(iteration)
                             for member in finished:
+                                del decoding[member[0]]
                                 length = member[1] + member[2]
                                 phases[(iteration + 1 - length) % block_size] -= 1
                                 processed -= length
@@ -173,9 +176,9 @@ class Lane:
                             size -= len(finished)
                             num_outstanding[index] -= len(finished)
                             num_completed += len(finished)
-                            members += finished
+                            completed += finished
                             ends.append((now, executed, index, len(finished)))
-                            if len(members) >= many:
+                            if len(completed) >= many:
                                 horizon[0] = -inf  # come back, so that they can be taken away
                             while finishes and finishes[0] <= iteration:
                                 heappop(finishes)
@@ -185,10 +188,15 @@ class Lane:
                             since = now
                         for row, at, before, waited in whole:
                             before += duration
-                            _, prompt, output, _ = row
+                            number, prompt, output, _ = row
+                            first: Any = now
+                            if number in restarts and restarts[number].first_token_at is not None:
+                                first = restarts[number].first_token_at
                             if output == 1:
                                 free -= -prompt // block_size
-                                members.append((*row, at, now, before, waited, now, executed, 0))
+                                completed.append(
+                                    (*row, at, first, before, waited, now, executed, 0)
+                                )
                                 ends.append((now, executed, index, 1))
                                 num_outstanding[index] -= 1
                                 num_completed += 1
@@ -200,7 +208,8 @@ class Lane:
                             processed += prompt + 1
                             phases[(iteration - prompt) % block_size] += 1
                             last = iteration + output - 1
-                            member = (*row, at, now, before, waited, now, executed, last)
+                            member = (*row, at, first, before, waited, now, executed, last)
+                            decoding[number] = member
                             if last in finishing:
                                 finishing[last].append(member)
                             else:
@@ -213,27 +222,44 @@ class Lane:
                 if now != usage_since:
                     usage += (num_blocks - free) * (now - usage_since)
                     usage_since = now
-                num_running = size + is_partial
                 num_decodes = size
                 if (
                     not is_mixed
                     and waiting
-                    and num_running < max_num_seqs
-                    and free - -(-waiting[0][1] // block_size) >= watermark
+                    and size < max_num_seqs
+                    and self._fits(waiting[0], free)
                 ):
                     num_decodes = 0  # prompts go first, and alone
-                left, room = max_tokens, max_batch_size
                 context = 0
+                is_short = False
                 if num_decodes:
                     blocks = phases[iteration % block_size]
-                    if size + is_partial > room or free <= blocks:
-                        env._now = now
-                        yield STUCK  # somebody has to wait or to give way
-                        return
-                    free -= blocks
+                    if free > blocks:
+                        free -= blocks
+                    else:
+                        # Not enough for all: the last give way, one request after the other.
+                        is_short = True
+                        cohort.iteration, cohort.processed = iteration, processed
+                        cohort.execution_time, cohort.last_end = executed, last_end
+                        admitted: list[Member | Partial] = [*decoding.values()]
+                        if is_partial:
+                            entry = Partial(partial, scheduled_at, spent, gap, since, done)
+                            admitted.insert(0 if is_partial_skipped else size, entry)
+                        victims, free, fewest = give_way(admitted, free, iteration, block_size)
+                        least = min(least, fewest)
+                        for victim in victims:
+                            if isinstance(victim, Partial):
+                                is_partial = False
+                            else:
+                                victim = cohort.leave(victim)
+                            waiting.appendleft(self._restart(victim))
+                        processed = cohort.processed
+                        num_decodes = size = len(decoding)
                     context = processed + size
-                    left -= size
-                    room -= size
+                num_running = size + is_partial
+                # Decodes of vllm are alone, whoever has room now.
+                left = max_tokens - num_decodes if is_mixed or not num_decodes else 0
+                room = max_batch_size - num_decodes
                 num_tokens = num_decodes
                 batch.decode_context = pairs = context
                 chunks.clear()
@@ -248,16 +274,21 @@ class Lane:
                         partial = waiting[0]
                         length = partial[1]
                         blocks = -(-length // block_size)
-                        if free - blocks < watermark:
+                        restart = restarts.get(partial[0])
+                        if free - blocks < watermark and (restart is None or free != num_blocks):
                             break
                         if length > left:
-                            if not is_mixed:
-                                break
-                            length = left
+                            if is_mixed:
+                                length = left
+                            elif chunks or restart is None:
+                                break  # only a restarted prompt may have outgrown the limit
                         waiting.popleft()
                         free -= blocks
                         num_running += 1
                         scheduled_at, spent, gap, done = now, 0.0, 0.0, 0
+                        if restart is not None:
+                            scheduled_at, _, spent, gap, since, _ = restart
+                            gap += now - since
                     else:
                         break
                     done += length
@@ -297,7 +328,9 @@ class Lane:
 
                 # -- REPLICA_STAGE_SCHEDULE
                 is_planned = False
-                if num_decodes and not chunks and not is_partial:
+                if num_decodes and not (chunks or is_partial or is_short):
+                    while finishes[0] not in finishing:
+                        heappop(finishes)
                     num_steps = 1 + block_size * max(0, (free - 1) // num_decodes)
                     num_steps = min(finishes[0] - iteration, num_steps)
                     state = (
@@ -329,7 +362,6 @@ class Lane:
                     now = yield ends_at
         finally:
             batches = []
-            cohort = Cohort(block_size)
             if is_formed:
                 # Of the batch under way nothing counts before its end.
                 num_prefill_tokens -= num_tokens - num_decodes
@@ -366,10 +398,7 @@ class Lane:
                 batches = [
                     BatchUnderWay(in_batch, taken, started_at, [end], [started_at], [duration])
                 ]
-            cohort.members = {
-                member[0]: member for member in sorted(chain.from_iterable(finishing.values()))
-            }
-            cohort.phases, cohort.iteration, cohort.processed = phases, iteration, processed
+            cohort.iteration, cohort.processed = iteration, processed
             cohort.execution_time, cohort.last_end = executed, last_end
             pool.num_free, pool.num_free_least = free, least
             pool._usage_integral, pool._usage_since = usage, usage_since
@@ -388,4 +417,39 @@ class Lane:
                 running.insert(0 if is_partial_skipped else 1, left)
             # Else as the end of the stage and that of the batch have it.
             num_schedules = 0 if is_formed or not (waiting or running) else 2
-            leave(replica, waiting, running, batches, self._make, num_schedules)
+            live = {row[0] for row in (*waiting, *decoding.values(), *(each[0] for each in whole))}
+            if is_partial:
+                live.add(partial[0])
+            replica.num_restarts = sum(
+                restart.num_restarts for row, restart in restarts.items() if row not in live
+            )
+            leave(replica, waiting, running, batches, self._make, num_schedules, restarts=restarts)
+
+    def _fits(self, row: Row, free: int) -> bool:
+        """Whether so many free blocks are enough to admit a prompt; see `reserve_prompt`."""
+        pool = self.replica.pool
+        left = free - -(-row[1] // pool.block_size)
+        return left >= pool.num_watermark_blocks or (
+            row[0] in self._restarts and free == pool.num_blocks
+        )
+
+    def _restart(self, victim: Partial | Member) -> Row:
+        """Return as what somebody waits who gave way, and note what it keeps."""
+        row: Row
+        if isinstance(victim, Partial):
+            row, first_token_at = victim.row, None
+            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
+            scheduled_at = victim.scheduled_at
+        else:
+            number, prompt, output, arrived_at, scheduled_at, first_token_at, *_, num_left = victim
+            row = (number, prompt + output - num_left, num_left, arrived_at)
+            times = victim[6:9]
+        before = self._restarts.get(row[0])
+        num_restarts = 1
+        if before is not None:
+            if before.first_token_at is not None:
+                first_token_at = before.first_token_at
+            num_restarts += before.num_restarts
+        self._restarts[row[0]] = Restart(scheduled_at, first_token_at, *times, num_restarts)
+        self._completions.num_restarts[row[0]] = num_restarts
+        return row

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, Request
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
 from vidur_simpy.plain_loop.completions import Member, Row
+from vidur_simpy.plain_loop.shortage import Restart
 
 if TYPE_CHECKING:
     from vidur_simpy.processes import Replica
 
 __all__ = ["BatchUnderWay", "leave"]
+
+Make: TypeAlias = "Callable[[Row | Member], Request]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ def leave(
     num_schedules: int,
     *,
     is_over: bool = False,
+    restarts: Mapping[int, Restart] = MappingProxyType({}),
 ) -> None:
     """Hand the requests of a replica over to its scheduler, and its batches to its stages.
 
@@ -68,34 +73,43 @@ def leave(
         REPLICA_SCHEDULE events that are due now.
     is_over : bool
         Whether the ends of stages right now have happened; else they are still to come.
+    restarts : mapping of int to Restart
+        By row, of requests that were restarted.
     """
     scheduler: Any = replica.scheduler
-    for row in waiting:
+
+    def made(row: Row | Member) -> Request:
         request = make(row[0])
         request.replica_id = replica.replica_id
-        scheduler.waiting.append(request)
-
-    def made(row: int) -> Request:
-        request = make(row)
-        request.replica_id = replica.replica_id
-        scheduler.num_running += 1
+        if row[0] in restarts:
+            restart = restarts[row[0]]
+            request.prefill_target = row[1]
+            request.scheduled_at, request.first_token_at = restart[:2]
+            request.execution_time, request.preempted_time = restart[2:4]
+            request.last_stage_end, request.num_restarts = restart[4:]
         return request
 
+    def running_one(row: Row | Member) -> Request:
+        scheduler.num_running += 1
+        return made(row)
+
+    for row in waiting:
+        scheduler.waiting.append(made(row))
     for entry in running:
         if isinstance(entry, Cohort):
-            scheduler.running.append(_decode_set(entry, made))
+            scheduler.running.append(_decode_set(entry, running_one))
         elif isinstance(entry, Partial):
-            scheduler.running.append(_prefilling(entry, made))
+            scheduler.running.append(_prefilling(entry, running_one))
         else:
-            scheduler.running.append(_decoding(entry, entry[-1], made))
+            scheduler.running.append(_decoding(entry, entry[-1], running_one))
     for batch in batches:
-        _resume(replica, batch, made, is_over=is_over)
+        _resume(replica, batch, running_one, is_over=is_over)
     for _ in range(num_schedules):
         replica.schedule.raise_now()
 
 
-def _prefilling(partial: Partial, make: Callable[[int], Request]) -> Request:
-    request = make(partial.row[0])
+def _prefilling(partial: Partial, make: Make) -> Request:
+    request = make(partial.row)
     request.scheduled_at = partial.scheduled_at
     request.execution_time, request.preempted_time = partial.execution_time, partial.preempted_time
     request.last_stage_end = partial.last_stage_end if partial.num_tokens else None
@@ -103,18 +117,18 @@ def _prefilling(partial: Partial, make: Callable[[int], Request]) -> Request:
     return request
 
 
-def _decoding(member: Member, num_left: int, make: Callable[[int], Request]) -> Request:
+def _decoding(member: Member, num_left: int, make: Make) -> Request:
     """Make a request with so many tokens to come."""
-    request = make(member[0])
+    request = make(member)
     request.scheduled_at, request.first_token_at = member[4:6]
     request.execution_time, request.preempted_time, request.last_stage_end = member[6:9]
-    request.num_scheduled_tokens = request.num_prefill_tokens
+    request.num_scheduled_tokens = request.prefill_target
     request.is_prefill_complete = True
     request._processed = request.num_tokens - num_left
     return request
 
 
-def _decode_set(cohort: Cohort, make: Callable[[int], Request]) -> DecodeSet:
+def _decode_set(cohort: Cohort, make: Make) -> DecodeSet:
     decodes = DecodeSet(len(cohort.phases))
     for member in cohort.members.values():
         joined, last = member[-2:]
@@ -128,9 +142,7 @@ def _decode_set(cohort: Cohort, make: Callable[[int], Request]) -> DecodeSet:
     return decodes
 
 
-def _resume(
-    replica: Replica, batch: BatchUnderWay, make: Callable[[int], Request], *, is_over: bool
-) -> None:
+def _resume(replica: Replica, batch: BatchUnderWay, make: Make, *, is_over: bool) -> None:
     """Put a batch on the stage where it is, or ahead of it."""
     now = replica.env.now
     is_known = all(map(isfinite, batch.durations))
