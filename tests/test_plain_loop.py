@@ -142,6 +142,22 @@ def test_ctrl_c_ends_the_loop_soon(scheduler: str) -> None:
     assert_equal(sim.result(), by_processes(settings, rows))
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cluster=clusters(), rows=rows(), until=st.sampled_from([0.25, 1.0, 2.3, 7.01]))
+def test_the_loop_stops_where_the_run_does(
+    cluster: vs.Cluster, rows: list[tuple[float, int, int]], until: float
+) -> None:
+    """At any instant the tables are those of the processes, and the rest of the run is."""
+    ours, theirs = (vs.Simulation(cluster, Given(rows), seed=1) for _ in range(2))
+    ours.run(until=until)
+    with mock.patch.object(plain_loop, "_knows", return_value=False):
+        theirs.run(until=until)
+    assert_equal(ours.result(), theirs.result())
+    ours.run()
+    theirs.run()
+    assert_equal(ours.result(), theirs.result())
+
+
 def test_an_impossible_time_is_said_by_the_stage() -> None:
     """The error is that of the processes, and what was computed is kept."""
     endless = cluster(execution_time=vs.Linear(base=1e308, per_token=1e308))

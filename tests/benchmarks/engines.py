@@ -91,7 +91,7 @@ def mooncake(num_requests: int) -> vs.Simulation:
 
 def workloads(num_requests: int) -> dict[str, Make]:
     """Return the workloads (a) to (g) by name."""
-    scarce = vs.KVCache(num_blocks=6_000)
+    scarce = vs.KVCache(num_blocks=1_500)  # 191 of 5,000 requests give way
     ample = vs.KVCache(num_blocks=200_000)
     long = max(10, num_requests // 5)
     made: dict[str, Make] = {

@@ -2,13 +2,14 @@
 
 `processes` is the specification; this is the same in the fewest steps that Python can take, for
 what most runs are: a workload from its beginning, replicas of one stage under `sarathi` or `vllm`,
-first come, first served, behind a router that counts requests. Nothing is recorded or listened to
-and no process of the user's exists, so that nobody can look before the end. Then no event has to
-be queued and no request be made: the next thing to happen is the next arrival or the first end of
-a batch, and a request is a row of the workload's table.
+first come, first served, behind a router that counts requests; under `sarathi` of several stages,
+too. Nothing is recorded or listened to, so that nobody can look before the first event that
+somebody else has queued: the end of ``run(until)``, or what a process of the user's waits for. Up
+to there no event has to be queued and no request be made: the next thing to happen is the next
+arrival or the first end of a batch, and a request is a row of the workload's table.
 
-The loop can stop at any instant and leave the rest to the processes. It does when a block is
-missing (somebody has to give way) and at a ctrl-C.
+The loop can stop at any instant and leave the rest to the processes. It does at that event, at a
+ctrl-C, and in a pipeline when blocks run short and somebody may have to give way.
 """
 
 from vidur_simpy.plain_loop.loop import ExpectedRequests, after_plain_loop

@@ -55,8 +55,8 @@ def after_plain_loop(
     requests: ExpectedRequests, router: Router, env: Environment
 ) -> Iterable[Request]:
     """Run as far as the loop can, from instant 0 on; return the requests that are left."""
-    is_alone = not env._queue and env.is_unobserved and not router.may_look
-    if not (is_alone and all(map(_knows, router.replicas))):
+    may_run = env.is_unobserved and not router.may_look and env.peek() > env.now
+    if not (may_run and all(map(_knows, router.replicas))):
         return requests.made_from(0)
     loop = _Loop(requests, router, env)
     try:
@@ -111,7 +111,7 @@ class _Loop:
             self.requests.keep(self.completions.take_columns(self.requests.table))
 
     def run(self) -> None:
-        """Handle one instant after the other, until nothing is left or it cannot go on."""
+        """Handle one instant after the other, until somebody else is due or it cannot go on."""
         env, lanes, horizon = self.env, self.lanes, self.horizon
         sends = [lane.send for lane in lanes]
         runs = [lane.run for lane in lanes]
@@ -125,14 +125,16 @@ class _Loop:
         arrivals = self._arrivals()
         nothing = (inf, (0, 0, 0, inf))
         arrives_at, row = next(arrivals, nothing)
+        stops_at = env.peek()  # the end of `run(until)`, or an event of the user's
         while not env.is_interrupted:
-            while heap and heap[0][0] < arrives_at:
+            upcoming = min(arrives_at, stops_at)
+            while heap and heap[0][0] < upcoming:
                 now, index = heap[0]
                 if now != ends[index]:
                     heappop(heap)
                     continue
                 horizon[0] = (
-                    min(arrives_at, *[entry[0] for entry in heap[1:3]]) if heap[1:] else arrives_at
+                    min(upcoming, *[entry[0] for entry in heap[1:3]]) if heap[1:] else upcoming
                 )
                 ends[index] = ends_at = sends[index](now)
                 if len(members) >= many:
@@ -145,7 +147,7 @@ class _Loop:
                     heapreplace(heap, (ends_at, index))
                 if env.is_interrupted:
                     return
-            if arrives_at == inf:
+            if upcoming == stops_at:
                 break
             env._now = now = horizon[0] = arrives_at
             to_form = []
