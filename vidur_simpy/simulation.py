@@ -13,9 +13,9 @@ import simpy
 from vidur_simpy.cluster import Cluster
 from vidur_simpy.config import dump_config
 from vidur_simpy.entities import Request
-from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
+from vidur_simpy.errors import ConfigError, SimulationError
 from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
-from vidur_simpy.metrics import RECORDS, replica_columns, timeline_columns
+from vidur_simpy.metrics import replica_columns, timeline_columns
 from vidur_simpy.processes import arrivals
 from vidur_simpy.progress import RunBar
 from vidur_simpy.record_columns import new_directory
@@ -24,7 +24,7 @@ from vidur_simpy.result import Result
 from vidur_simpy.roster import Roster
 from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
-from vidur_simpy.wiring import make_log, make_replicas, make_router
+from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
 from vidur_simpy.workload import Trace, Workload
 
 __all__ = ["Simulation", "simulate"]
@@ -108,7 +108,7 @@ class Simulation:
             name: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
             for index, name in enumerate(STREAMS)
         }
-        names = _checked_record(record)
+        names = checked_record(record)
         self._record_to = None if record_to is None else new_directory(record_to)
         self._logs = {
             name: make_log(name, self.env, cluster, self._users_of, self._record_to)
@@ -387,16 +387,6 @@ def _checked_seed(seed: int) -> int:
     if isinstance(seed, bool) or not (isinstance(seed, SupportsIndex) and int(seed) >= 0):
         raise ConfigError(f"seed = {seed!r}: expected an integer >= 0.")
     return int(seed)
-
-
-def _checked_record(record: Collection[str]) -> list[str]:
-    if not isinstance(record, Collection):
-        raise ConfigError(f"record = {record!r}: expected some of {', '.join(RECORDS)}.")
-    names = [record] if isinstance(record, str) else list(record)
-    for name in names:
-        if name not in RECORDS:
-            raise unknown_name("record", name, RECORDS)
-    return [name for name in RECORDS if name in names]
 
 
 def _factors_used(cluster: Cluster) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 
 from vidur_simpy.cluster import Cluster
 from vidur_simpy.entities import Request
+from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.kernel import Environment
 from vidur_simpy.metrics import RECORDS, Timeline
 from vidur_simpy.processes import Replica, Router
 
-__all__ = ["make_log", "make_replicas", "make_router"]
+__all__ = ["checked_record", "make_log", "make_replicas", "make_router"]
 
 # Rows of the timeline, shared by the replicas.
 TIMELINE_ROWS = 8_192
@@ -67,6 +68,23 @@ def make_router(
         return scheduler.refusal(request)
 
     return Router(env, replicas, route, refusal, on_refused)
+
+
+def checked_record(record: Collection[str]) -> list[str]:
+    """Return the names of the tables to record, in their usual order.
+
+    Raises
+    ------
+    ConfigError
+        If one is unknown.
+    """
+    if not isinstance(record, Collection):
+        raise ConfigError(f"record = {record!r}: expected some of {', '.join(RECORDS)}.")
+    names = [record] if isinstance(record, str) else list(record)
+    for name in names:
+        if name not in RECORDS:
+            raise unknown_name("record", name, RECORDS)
+    return [name for name in RECORDS if name in names]
 
 
 def make_log(

@@ -56,7 +56,8 @@ class BatchCounts(Protocol):
 StageTime: TypeAlias = Callable[[BatchCounts, int], float]
 """Seconds that pipeline stage `stage_id`, counted from 0, takes for a batch.
 
-It may have methods besides: those of `HasDecodeTimes` and of `HasOperators`.
+It may have methods besides: those of `HasDecodeTimes` and of `HasOperators`; and an attribute
+`is_alike_on_all_stages`, true if the stages take equal times, so that it is called for one only.
 """
 
 
