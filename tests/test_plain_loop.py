@@ -166,6 +166,28 @@ def test_an_impossible_time_is_said_by_the_stage() -> None:
     assert len(raised.value.result.requests) == 1
 
 
+@pytest.mark.parametrize("scheduler", ["vllm", "sarathi"])
+def test_who_gives_way_does_so_within_the_loop(scheduler: str) -> None:
+    """Short of memory, too, no event is needed; restarts are counted as the processes do."""
+    scarce = cluster(kv_cache=vs.KVCache(num_blocks=33), replica_scheduler=SCHEDULERS[scheduler])
+    rows = [(0.05 * index, 60 + index, 90) for index in range(40)]
+    sim = vs.Simulation(scarce, Given(rows), seed=1)
+    sim.run()
+    assert sim.env.num_events < 15
+    assert sim.result().requests.num_restarts.sum() == sim.replicas[0].num_restarts > 5
+    assert_equal(sim.result(), by_processes(scarce, rows))
+
+
+def test_a_pipeline_raises_no_events() -> None:
+    """Its stages are recurrences, as long as blocks are plenty."""
+    deep = cluster(pipeline_parallel_size=4, replica_scheduler=vs.Sarathi(max_num_seqs=16))
+    rows = [(0.05 * index, 60 + index, 90) for index in range(40)]
+    sim = vs.Simulation(deep, Given(rows), seed=1)
+    sim.run()
+    assert sim.env.num_events < 25
+    assert_equal(sim.result(), by_processes(deep, rows))
+
+
 def test_the_loop_raises_no_events() -> None:
     """That is what it is for; a process of the user's has it step aside."""
     workload = vs.Workload(vs.Poisson(rate=2.0), vs.FixedLengths(100, 20), num_requests=50)
