@@ -1,31 +1,21 @@
-"""One replica of one stage in the plain loop: its numbers are the local variables of a generator.
-
-A request is a `Row` of the workload's table. One that decodes is a `Member`; its future is known
-when it joins, so that it is written into the bucket of the iteration of its last token and not
-touched until then.
-"""
+"""What the lanes of the plain loop share: one replica each, and what is said to it and by it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
-from heapq import heappop, heappush
-from math import inf, nan
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import TYPE_CHECKING
 
-from vidur_simpy.entities import Batch
-from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
-from vidur_simpy.plain_loop.completions import Completions, Member, Row
-from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
+from vidur_simpy.plain_loop.completions import Completions, Row
 from vidur_simpy.plain_loop.runs import DecodeRun
-from vidur_simpy.plain_loop.shortage import Restart, give_way
-from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 
 if TYPE_CHECKING:
     from vidur_simpy.entities import Request
     from vidur_simpy.processes import Replica
 
-__all__ = ["END_ONLY", "STUCK", "Lane"]
+__all__ = ["END_ONLY", "STUCK", "Chunk", "Lane"]
 
 # What is sent to a lane instead of the present instant: end the batch under way, and wait, since
 # requests that arrive right now come before the next one is formed.
@@ -44,15 +34,34 @@ class Chunk:
         self.num_tokens = self.context = 0
 
 
-class Lane:
-    """The batches of one replica.
+class Lane(ABC):
+    """The batches of one replica: a generator whose local variables are its hot numbers.
+
+    Parameters
+    ----------
+    replica : Replica
+        Whose state it leaves behind when it is closed.
+    completions : Completions
+        Where it puts who is complete.
+    horizon : list of float
+        Holds the instant up to which it may go on by itself, in seconds.
+    make : callable
+        Makes the request of a row.
 
     Attributes
     ----------
+    send : callable
+        ``send(now)`` ends the batches that end at this instant, in seconds, forms the next and
+        returns when there is something to do again: infinity if never, unless a request arrives.
+        What is due before the horizon is not returned; it is done.
     waiting : deque of Row
         Not admitted yet, in order of arrival.
     run : DecodeRun
         The run of decodes under way, if there is one.
+    is_open : bool
+        Whether a batch is under way, and yet another one would be formed for a new request.
+    arrived_at : float
+        When the last request came, in seconds.
     """
 
     def __init__(
@@ -69,11 +78,18 @@ class Lane:
         self.arrived_at = -inf
         self._make = make
         self._completions = completions
-        self._restarts: dict[int, Restart] = {}  # by row
         self._horizon = horizon
         self._batches = self._execute()
         next(self._batches)
         self.send = self._batches.send
+
+    @abstractmethod
+    def _execute(self) -> Generator[float, float, None]:
+        """Execute batches; closed, leave everything to the processes of the replica."""
+
+    def close(self) -> None:
+        """Leave everything to the processes of the replica."""
+        self._batches.close()
 
     def note_arrival(self, now: float) -> bool:
         """Have the run under way heed a request that arrives `now`; return if it ends earlier."""
@@ -86,370 +102,27 @@ class Lane:
         run.cut(now)
         return run.num_steps < num_steps
 
-    def close(self) -> None:
-        """Leave everything to the processes of the replica."""
-        self._batches.close()
-
-    def _execute(self) -> Generator[float, float, None]:
-        """Execute batches.
-
-        Sent the present instant, end the batch under way if there is one, form the next and
-        answer when that ends: infinity if there is none. What ends before the horizon is not
-        answered; it goes on.
-        """
-        replica, run, horizon, waiting = self.replica, self.run, self._horizon, self.waiting
-        env, pool, stage, timeline = replica.env, replica.pool, replica.stages[0], replica.timeline
-        stage_time, index = stage.stage_time, replica.replica_id
-        scheduler: Any = replica.scheduler
-        block_size, num_blocks, watermark = (
-            pool.block_size,
-            pool.num_blocks,
-            pool.num_watermark_blocks,
-        )
-        max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
-        is_mixed = isinstance(scheduler, SarathiScheduler)  # decodes and prompts in one batch
-        max_tokens = scheduler.chunk_size if is_mixed else scheduler.max_num_batched_tokens
-        completed, ends = self._completions.members, self._completions.ends
-        num_outstanding, many = self._completions.num_outstanding, self._completions.many
-
-        restarts = self._restarts
-        cohort = Cohort(block_size)  # whose numbers are variables here
-        decoding, finishing, phases = cohort.members, cohort.finishing, cohort.phases
-        finishes: list[int] = []
-        size = iteration = processed = 0  # of the decode set: members, steps, tokens
-        executed = last_end = 0.0
-        is_partial = is_partial_taken = is_partial_skipped = False
-        partial, done, scheduled_at, spent, gap, since = (0, 0, 0, 0.0), 0, 0.0, 0.0, 0.0, 0.0
-        batch: Any = Batch()  # the one under way, again and again
-        chunks: list[Chunk] = []
-        spare: list[Chunk] = []  # used again and again
-        whole: list[tuple[Row, float, float, float]] = []  # whose prompt ends in this batch
-        num_decodes = num_tokens = num_running = context = pairs = 0
-        duration = 0.0
-        is_formed = False
-        free = least = num_blocks
-        busy = usage = usage_since = 0.0
-        num_completed = num_batches = num_context = num_pairs = 0
-        num_prefill_tokens = num_decode_tokens = 0
-        now = yield inf
-        try:
-            while True:
-                if is_formed:
-                    # -- BATCH_STAGE_END and BATCH_END
-                    is_formed = False
-                    is_end_only = now == END_ONLY
-                    if is_end_only:
-                        now = env._now
-                    if run.num_steps:
-                        num_steps = run.num_steps
-                        blocks, executed, busy, usage = run.end(num_steps, usage)
-                        free -= blocks
-                        if free < least:
-                            least = free
-                        iteration += num_steps
-                        processed += num_steps * size
-                        num_batches += num_steps
-                        num_steps -= 1  # the first was counted when it was formed
-                        num_decode_tokens += num_steps * size
-                        context = num_steps * context + num_steps * (num_steps + 1) // 2 * size
-                        num_context += context
-                        num_pairs += context
-                    else:
-                        busy += duration
-                        usage += (num_blocks - free) * (now - usage_since)
-                        num_batches += 1
-                        if num_decodes:
-                            iteration += 1
-                            processed += num_decodes
-                            executed += duration
-                    usage_since = now
-                    if num_decodes:
-                        last_end = now
-                        if iteration in finishing:
-                            finished = finishing.pop(iteration)
-                            for member in finished:
-                                del decoding[member[0]]
-                                length = member[1] + member[2]
-                                phases[(iteration + 1 - length) % block_size] -= 1
-                                processed -= length
-                                free -= -(length - 1) // block_size
-                            size -= len(finished)
-                            num_outstanding[index] -= len(finished)
-                            num_completed += len(finished)
-                            completed += finished
-                            ends.append((now, executed, index, len(finished)))
-                            if len(completed) >= many:
-                                horizon[0] = -inf  # come back, so that they can be taken away
-                            while finishes and finishes[0] <= iteration:
-                                heappop(finishes)
-                    if chunks:
-                        if is_partial_taken:
-                            spent += duration
-                            since = now
-                        for row, at, before, waited in whole:
-                            before += duration
-                            number, prompt, output, _ = row
-                            first: Any = now
-                            if number in restarts and restarts[number].first_token_at is not None:
-                                first = restarts[number].first_token_at
-                            if output == 1:
-                                free -= -prompt // block_size
-                                completed.append(
-                                    (*row, at, first, before, waited, now, executed, 0)
-                                )
-                                ends.append((now, executed, index, 1))
-                                num_outstanding[index] -= 1
-                                num_completed += 1
-                                continue
-                            if not size:
-                                iteration = processed = 0
-                                executed = 0.0
-                            size += 1
-                            processed += prompt + 1
-                            phases[(iteration - prompt) % block_size] += 1
-                            last = iteration + output - 1
-                            member = (*row, at, first, before, waited, now, executed, last)
-                            decoding[number] = member
-                            if last in finishing:
-                                finishing[last].append(member)
-                            else:
-                                finishing[last] = [member]
-                                heappush(finishes, last)
-                    if is_end_only:
-                        now = yield nan
-
-                # -- REPLICA_SCHEDULE
-                if now != usage_since:
-                    usage += (num_blocks - free) * (now - usage_since)
-                    usage_since = now
-                num_decodes = size
-                if (
-                    not is_mixed
-                    and waiting
-                    and size < max_num_seqs
-                    and self._fits(waiting[0], free)
-                ):
-                    num_decodes = 0  # prompts go first, and alone
-                context = 0
-                is_short = False
-                if num_decodes:
-                    blocks = phases[iteration % block_size]
-                    if free > blocks:
-                        free -= blocks
-                    else:
-                        # Not enough for all: the last give way, one request after the other.
-                        is_short = True
-                        cohort.iteration, cohort.processed = iteration, processed
-                        cohort.execution_time, cohort.last_end = executed, last_end
-                        admitted: list[Member | Partial] = [*decoding.values()]
-                        if is_partial:
-                            entry = Partial(partial, scheduled_at, spent, gap, since, done)
-                            admitted.insert(0 if is_partial_skipped else size, entry)
-                        victims, free, fewest = give_way(admitted, free, iteration, block_size)
-                        least = min(least, fewest)
-                        for victim in victims:
-                            if isinstance(victim, Partial):
-                                is_partial = False
-                            else:
-                                victim = cohort.leave(victim)
-                            waiting.appendleft(self._restart(victim))
-                        processed = cohort.processed
-                        num_decodes = size = len(decoding)
-                    context = processed + size
-                num_running = size + is_partial
-                # Decodes of vllm are alone, whoever has room now.
-                left = max_tokens - num_decodes if is_mixed or not num_decodes else 0
-                room = max_batch_size - num_decodes
-                num_tokens = num_decodes
-                batch.decode_context = pairs = context
-                chunks.clear()
-                whole.clear()
-                is_partial_taken = False
-                is_partial_skipped = is_partial and left <= 0
-                while left > 0:
-                    if is_partial:
-                        gap += now - since
-                        length = min(partial[1] - done, left)
-                    elif waiting and room and num_running != max_num_seqs:
-                        partial = waiting[0]
-                        length = partial[1]
-                        blocks = -(-length // block_size)
-                        restart = restarts.get(partial[0])
-                        if free - blocks < watermark and (restart is None or free != num_blocks):
-                            break
-                        if length > left:
-                            if is_mixed:
-                                length = left
-                            elif chunks or restart is None:
-                                break  # only a restarted prompt may have outgrown the limit
-                        waiting.popleft()
-                        free -= blocks
-                        num_running += 1
-                        scheduled_at, spent, gap, done = now, 0.0, 0.0, 0
-                        if restart is not None:
-                            scheduled_at, _, spent, gap, since, _ = restart
-                            gap += now - since
-                    else:
-                        break
-                    done += length
-                    left -= length
-                    room -= 1
-                    num_tokens += length
-                    context += done
-                    pairs += length * done - length * (length - 1) // 2
-                    if len(chunks) == len(spare):
-                        spare.append(Chunk())
-                    chunk = spare[len(chunks)]
-                    chunk.num_tokens, chunk.context = length, done
-                    chunks.append(chunk)
-                    is_partial = is_partial_taken = done < partial[1]
-                    if not is_partial:
-                        whole.append((partial, scheduled_at, spent, gap))
-                if not num_tokens:
-                    env._now = now
-                    now = yield inf
-                    continue
-                is_formed = True
-                if free < least:
-                    least = free
-                num_prefill_tokens += num_tokens - num_decodes
-                num_decode_tokens += num_decodes
-                num_pairs += pairs
-                num_context += context
-                batch.prefills = chunks
-                batch.num_decodes = num_decodes
-                batch.num_tokens = num_tokens
-                batch.total_context = context
-                batch.num_attention_pairs = pairs
-                if now >= timeline.next_at:
-                    timeline.sample(
-                        now, num_running, len(waiting), (num_blocks - free) / num_blocks
-                    )
-
-                # -- REPLICA_STAGE_SCHEDULE
-                is_planned = False
-                if num_decodes and not (chunks or is_partial or is_short):
-                    while finishes[0] not in finishing:
-                        heappop(finishes)
-                    num_steps = 1 + block_size * max(0, (free - 1) // num_decodes)
-                    num_steps = min(finishes[0] - iteration, num_steps)
-                    state = (
-                        num_decodes,
-                        context,
-                        iteration,
-                        executed,
-                        busy,
-                        phases,
-                        num_blocks - free,
-                        num_running,
-                        len(waiting),
-                    )
-                    is_planned = run.plan(now, num_steps, state)
-                if is_planned:
-                    ends_at = run.ends[run.num_steps - 1]
-                else:
-                    duration = nan
-                    duration = stage_time(batch, 0)
-                    if not 0.0 <= duration < inf:
-                        env._now = now
-                        yield STUCK  # the stage says what is wrong
-                        return
-                    ends_at = now + duration
-                if ends_at < horizon[0] and not env.is_interrupted:
-                    now = ends_at
-                else:
-                    env._now = now
-                    now = yield ends_at
-        finally:
-            batches = []
-            if is_formed:
-                # Of the batch under way nothing counts before its end.
-                num_prefill_tokens -= num_tokens - num_decodes
-                num_decode_tokens -= num_decodes
-                num_context -= context
-                num_pairs -= pairs
-                started_at = now
-                if run.num_steps:
-                    num_steps, started_at, duration = run.under_way(env._now)
-                    run.num_steps = 0
-                    if num_steps:
-                        blocks, executed, busy, usage = run.end(num_steps, usage)
-                        free -= blocks + phases[(iteration + num_steps) % block_size]
-                        if started_at >= timeline.next_at:
-                            num_waiting = run.num_waiting_at(started_at)
-                            in_use = (num_blocks - free) / num_blocks
-                            timeline.sample(started_at, num_running, num_waiting, in_use)
-                        usage_since = last_end = started_at
-                        iteration += num_steps
-                        num_batches += num_steps
-                        num_decode_tokens += num_steps * size
-                        context = num_steps * context + num_steps * (num_steps - 1) // 2 * size
-                        num_context += context
-                        num_pairs += context
-                prefills = list(whole)
-                if is_partial_taken:
-                    prefills.append((partial, scheduled_at, spent, gap))
-                taken = []
-                for prefill, chunk in zip(prefills, chunks, strict=True):
-                    num_tokens = chunk.context - chunk.num_tokens
-                    taken.append((Partial(*prefill, started_at, num_tokens), chunk.num_tokens))
-                end = started_at + duration
-                in_batch = cohort if num_decodes else None
-                batches = [
-                    BatchUnderWay(in_batch, taken, started_at, [end], [started_at], [duration])
-                ]
-            cohort.iteration, cohort.processed = iteration, processed
-            cohort.execution_time, cohort.last_end = executed, last_end
-            pool.num_free, pool.num_free_least = free, least
-            pool._usage_integral, pool._usage_since = usage, usage_since
-            stage.busy_time = busy
-            replica.num_batches = replica.num_batches_formed = num_batches
-            replica.num_prefill_tokens = num_prefill_tokens
-            replica.num_decode_tokens = num_decode_tokens
-            replica.num_attention_pairs, replica.num_context_tokens = num_pairs, num_context
-            replica.num_outstanding = num_outstanding[index]
-            replica.num_requests = num_outstanding[index] + num_completed
-            running: list[Entry] = []
-            if size and not (is_formed and num_decodes):
-                running.append(cohort)
-            if is_partial and not (is_formed and is_partial_taken):
-                left = Partial(partial, scheduled_at, spent, gap, since, done)
-                running.insert(0 if is_partial_skipped else 1, left)
-            # Else as the end of the stage and that of the batch have it.
-            num_schedules = 0 if is_formed or not (waiting or running) else 2
-            live = {row[0] for row in (*waiting, *decoding.values(), *(each[0] for each in whole))}
-            if is_partial:
-                live.add(partial[0])
-            replica.num_restarts = sum(
-                restart.num_restarts for row, restart in restarts.items() if row not in live
-            )
-            leave(replica, waiting, running, batches, self._make, num_schedules, restarts=restarts)
-
-    def _fits(self, row: Row, free: int) -> bool:
-        """Whether so many free blocks are enough to admit a prompt; see `reserve_prompt`."""
-        pool = self.replica.pool
-        left = free - -(-row[1] // pool.block_size)
-        return left >= pool.num_watermark_blocks or (
-            row[0] in self._restarts and free == pool.num_blocks
-        )
-
-    def _restart(self, victim: Partial | Member) -> Row:
-        """Return as what somebody waits who gave way, and note what it keeps."""
-        row: Row
-        if isinstance(victim, Partial):
-            row, first_token_at = victim.row, None
-            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
-            scheduled_at = victim.scheduled_at
-        else:
-            number, prompt, output, arrived_at, scheduled_at, first_token_at, *_, num_left = victim
-            row = (number, prompt + output - num_left, num_left, arrived_at)
-            times = victim[6:9]
-        before = self._restarts.get(row[0])
-        num_restarts = 1
-        if before is not None:
-            if before.first_token_at is not None:
-                first_token_at = before.first_token_at
-            num_restarts += before.num_restarts
-        self._restarts[row[0]] = Restart(scheduled_at, first_token_at, *times, num_restarts)
-        self._completions.num_restarts[row[0]] = num_restarts
-        return row
+    def _note(
+        self,
+        *,
+        free: int,
+        least: int,
+        usage: float,
+        usage_since: float,
+        num_batches: int,
+        num_prefill_tokens: int,
+        num_decode_tokens: int,
+        num_pairs: int,
+        num_context: int,
+        num_completed: int,
+    ) -> None:
+        """Write the sums of all batches that have ended to the replica and its blocks."""
+        replica, pool = self.replica, self.replica.pool
+        pool.num_free, pool.num_free_least = free, least
+        pool._usage_integral, pool._usage_since = usage, usage_since
+        replica.num_batches = replica.num_batches_formed = num_batches
+        replica.num_prefill_tokens = num_prefill_tokens
+        replica.num_decode_tokens = num_decode_tokens
+        replica.num_attention_pairs, replica.num_context_tokens = num_pairs, num_context
+        replica.num_outstanding = self._completions.num_outstanding[replica.replica_id]
+        replica.num_requests = replica.num_outstanding + num_completed

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from vidur_simpy.plain_loop.completions import Completions, Row
-from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
+from vidur_simpy.plain_loop.lane import END_ONLY, STUCK
 from vidur_simpy.plain_loop.pipeline import PipelineLane
+from vidur_simpy.plain_loop.single_stage import SingleStageLane
 from vidur_simpy.replica_scheduler.ordering import WaitingQueue
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 from vidur_simpy.replica_scheduler.vllm import VllmScheduler
@@ -93,7 +94,7 @@ class _Loop:
         many = _FEW if requests.is_watched else _MANY
         self.completions = Completions(len(router.replicas), many)
         self.lanes = [
-            (Lane if replica.num_stages == 1 else PipelineLane)(
+            (SingleStageLane if replica.num_stages == 1 else PipelineLane)(
                 replica, self.completions, self.horizon, requests.made
             )
             for replica in router.replicas

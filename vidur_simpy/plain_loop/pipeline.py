@@ -8,20 +8,17 @@ the end of its first stage, when the next may be formed, and its end.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial, gather, kept
-from vidur_simpy.plain_loop.completions import Completions, Row
-from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk
+from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
-from vidur_simpy.plain_loop.runs import DecodeRun
 
 if TYPE_CHECKING:
-    from vidur_simpy.entities import Request
-    from vidur_simpy.processes import Replica
+    pass
 
 __all__ = ["PipelineLane"]
 
@@ -42,38 +39,11 @@ each that are computed; when it was formed; when its stages end, and when those 
 do; their durations, and the sum of them. Times in seconds."""
 
 
-class PipelineLane:
-    """The batches of one replica; it has what a lane of one stage has."""
-
-    def __init__(
-        self,
-        replica: Replica,
-        completions: Completions,
-        horizon: list[float],
-        make: Callable[[int], Request],
-    ) -> None:
-        self.replica = replica
-        self.waiting: deque[Row] = deque()
-        self.run = DecodeRun(replica)
-        self.is_open = True
-        self.arrived_at = -inf
-        self._make = make
-        self._completions = completions
-        self._horizon = horizon
-        self._batches = self._execute()
-        next(self._batches)
-        self.send = self._batches.send
-
-    def note_arrival(self, now: float) -> bool:
-        """Have what is under way heed a request that arrives `now`: there is nothing to heed it."""
-        return False
-
-    def close(self) -> None:
-        """Leave everything to the processes of the replica."""
-        self._batches.close()
+class PipelineLane(Lane):
+    """The batches of a replica of several stages, as many at a time."""
 
     def _execute(self) -> Generator[float, float, None]:
-        """Execute batches; what is sent and answered is as with a lane of one stage."""
+        """Execute batches; closed, leave everything to the processes of the replica."""
         replica, horizon, waiting = self.replica, self._horizon, self.waiting
         env, pool, stages, timeline = replica.env, replica.pool, replica.stages, replica.timeline
         stage_time, index, num_stages = stages[0].stage_time, replica.replica_id, len(stages)
@@ -310,18 +280,22 @@ class PipelineLane:
                 num_decode_tokens -= num_decodes
                 num_context -= context
                 num_pairs -= pairs
-            pool.num_free, pool.num_free_least = free, least
-            pool._usage_integral, pool._usage_since = usage, usage_since
             for stage, time in zip(
                 stages, [busy_time] * num_stages if is_alike else busy, strict=True
             ):
                 stage.busy_time = time
-            replica.num_batches = replica.num_batches_formed = num_batches
-            replica.num_prefill_tokens = num_prefill_tokens
-            replica.num_decode_tokens = num_decode_tokens
-            replica.num_attention_pairs, replica.num_context_tokens = num_pairs, num_context
-            replica.num_outstanding = num_outstanding[index]
-            replica.num_requests = num_outstanding[index] + num_completed
+            self._note(
+                free=free,
+                least=least,
+                usage=usage,
+                usage_since=usage_since,
+                num_batches=num_batches,
+                num_prefill_tokens=num_prefill_tokens,
+                num_decode_tokens=num_decode_tokens,
+                num_pairs=num_pairs,
+                num_context=num_context,
+                num_completed=num_completed,
+            )
             num_schedules = 0
             if first_free_at <= now and len(under_way) < num_stages:
                 num_schedules = num_due + (first_free_at == now) + (self.arrived_at == now)

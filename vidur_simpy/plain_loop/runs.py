@@ -46,6 +46,8 @@ class DecodeRun:
         When each of them ends, in seconds.
     arrivals : list of float
         When requests came meanwhile that have to wait, in seconds.
+    under_way : (float, float)
+        Start and time of the iteration under way when it was stopped, in seconds.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class DecodeRun:
         "arrivals",
         "ends",
         "num_steps",
+        "under_way",
     )
 
     def __init__(self, replica: Replica) -> None:
@@ -70,6 +73,7 @@ class DecodeRun:
         self.num_steps = 0
         self.ends: list[float] = []
         self.arrivals: list[float] = []
+        self.under_way = (0.0, 0.0)
 
     def plan(self, now: float, num_steps: int, state: State) -> bool:
         """Plan at most `num_steps` iterations from `now` (seconds) on; return if it is worth it."""
@@ -104,11 +108,6 @@ class DecodeRun:
         num_steps = 1 + bisect_left(self.ends, now, 0, self.num_steps - 1)
         self._limit = max(_SHORTEST, 2 * num_steps)
         self.num_steps = num_steps
-
-    def under_way(self, now: float) -> tuple[int, float, float]:
-        """Return how many iterations ended before `now`, and start and time of the next, in s."""
-        num_ended = bisect_left(self.ends, now, 0, self.num_steps - 1)
-        return num_ended, float(self._sums[0][num_ended]), float(self._durations[num_ended])
 
     def end(self, num_steps: int, usage: float) -> tuple[int, float, float, float]:
         """Take so many of its iterations.
@@ -152,7 +151,31 @@ class DecodeRun:
             self._sample(num_steps - 1, used)
         return int(used[num_steps]) - used_before, executed, busy, usage
 
-    def num_waiting_at(self, now: float) -> int:
+    def stop(self, now: float, usage: float) -> tuple[int, int, float, float, float]:
+        """Take the iterations that ended before `now`, and forget about those after the next.
+
+        Returns
+        -------
+        num_steps : int
+            How many they were; the next one's start and time are then `under_way`.
+        num_blocks, executed, busy, usage
+            As of `end`, with the blocks of the next one.
+        """
+        num_ended = bisect_left(self.ends, now, 0, self.num_steps - 1)
+        _, _, iteration, executed, busy, phases, used, num_running, _ = self._state
+        started_at = float(self._sums[0][num_ended])
+        self.under_way = (started_at, float(self._durations[num_ended]))
+        self.num_steps = num_blocks = 0
+        if num_ended:
+            num_blocks, executed, busy, usage = self.end(num_ended, usage)
+            num_blocks += phases[(iteration + num_ended) % len(phases)]
+            if started_at >= self._timeline.next_at:
+                in_use = (used + num_blocks) / self._num_blocks
+                num_waiting = self._num_waiting_at(started_at)
+                self._timeline.sample(started_at, num_running, num_waiting, in_use)
+        return num_ended, num_blocks, executed, busy, usage
+
+    def _num_waiting_at(self, now: float) -> int:
         """Return the requests that waited at the instant `now`, in seconds."""
         return self._state[-1] + bisect_right(self.arrivals, now)
 
@@ -164,7 +187,7 @@ class DecodeRun:
         while first < num_ends:
             now = ends[first]
             if self.arrivals:
-                num_waiting = self.num_waiting_at(now)
+                num_waiting = self._num_waiting_at(now)
             next_at = timeline.sample(
                 now, num_running, num_waiting, int(used[first + 2]) / num_blocks
             )
