@@ -8,8 +8,10 @@ from collections.abc import Callable, Generator
 from math import inf
 from typing import TYPE_CHECKING
 
-from vidur_simpy.plain_loop.completions import Completions, Row
+from vidur_simpy.plain_loop.cohorts import Partial
+from vidur_simpy.plain_loop.completions import Completions, Member, Row
 from vidur_simpy.plain_loop.runs import DecodeRun
+from vidur_simpy.plain_loop.shortage import Restart
 
 if TYPE_CHECKING:
     from vidur_simpy.entities import Request
@@ -79,6 +81,7 @@ class Lane(ABC):
         self._make = make
         self._completions = completions
         self._horizon = horizon
+        self._restarts: dict[int, Restart] = {}  # by row
         self._batches = self._execute()
         next(self._batches)
         self.send = self._batches.send
@@ -101,6 +104,27 @@ class Lane(ABC):
         num_steps = run.num_steps
         run.cut(now)
         return run.num_steps < num_steps
+
+    def _restart(self, victim: Partial | Member) -> Row:
+        """Return as what somebody waits who gave way, and note what it keeps."""
+        row: Row
+        if isinstance(victim, Partial):
+            row, first_token_at = victim.row, None
+            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
+            scheduled_at = victim.scheduled_at
+        else:
+            number, prompt, output, arrived_at, scheduled_at, first_token_at, *_, num_left = victim
+            row = (number, prompt + output - num_left, num_left, arrived_at)
+            times = victim[6:9]
+        before = self._restarts.get(row[0])
+        num_restarts = 1
+        if before is not None:
+            if before.first_token_at is not None:
+                first_token_at = before.first_token_at
+            num_restarts += before.num_restarts
+        self._restarts[row[0]] = Restart(scheduled_at, first_token_at, *times, num_restarts)
+        self._completions.num_restarts[row[0]] = num_restarts
+        return row
 
     def _note(
         self,

@@ -7,38 +7,27 @@ touched until then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from heapq import heappop, heappush
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
-from vidur_simpy.plain_loop.completions import Completions, Member, Row
+from vidur_simpy.plain_loop.completions import Member, Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
-from vidur_simpy.plain_loop.shortage import Restart, give_way
+from vidur_simpy.plain_loop.shortage import give_way
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
 
 if TYPE_CHECKING:
-    from vidur_simpy.entities import Request
-    from vidur_simpy.processes import Replica
+    pass
 
 __all__ = ["SingleStageLane"]
 
 
 class SingleStageLane(Lane):
     """The batches of a replica of one stage, one after the other."""
-
-    def __init__(
-        self,
-        replica: Replica,
-        completions: Completions,
-        horizon: list[float],
-        make: Callable[[int], Request],
-    ) -> None:
-        self._restarts: dict[int, Restart] = {}  # by row
-        super().__init__(replica, completions, horizon, make)
 
     def _execute(self) -> Generator[float, float, None]:
         """Execute batches; closed, leave everything to the processes of the replica."""
@@ -378,24 +367,3 @@ class SingleStageLane(Lane):
         return left >= pool.num_watermark_blocks or (
             row[0] in self._restarts and free == pool.num_blocks
         )
-
-    def _restart(self, victim: Partial | Member) -> Row:
-        """Return as what somebody waits who gave way, and note what it keeps."""
-        row: Row
-        if isinstance(victim, Partial):
-            row, first_token_at = victim.row, None
-            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
-            scheduled_at = victim.scheduled_at
-        else:
-            number, prompt, output, arrived_at, scheduled_at, first_token_at, *_, num_left = victim
-            row = (number, prompt + output - num_left, num_left, arrived_at)
-            times = victim[6:9]
-        before = self._restarts.get(row[0])
-        num_restarts = 1
-        if before is not None:
-            if before.first_token_at is not None:
-                first_token_at = before.first_token_at
-            num_restarts += before.num_restarts
-        self._restarts[row[0]] = Restart(scheduled_at, first_token_at, *times, num_restarts)
-        self._completions.num_restarts[row[0]] = num_restarts
-        return row
