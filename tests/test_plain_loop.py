@@ -158,12 +158,17 @@ def test_the_loop_stops_where_the_run_does(
     assert_equal(ours.result(), theirs.result())
 
 
-def test_an_impossible_time_is_said_by_the_stage() -> None:
-    """The error is that of the processes, and what was computed is kept."""
-    endless = cluster(execution_time=vs.Linear(base=1e308, per_token=1e308))
+@pytest.mark.parametrize("pipeline_parallel_size", [1, 2])
+def test_an_impossible_time_is_said_by_the_stage(pipeline_parallel_size: int) -> None:
+    """The error is that of the processes, and what was computed or had arrived is kept."""
+    endless = cluster(
+        num_replicas=2,
+        pipeline_parallel_size=pipeline_parallel_size,
+        execution_time=vs.Linear(base=1e308, per_token=1e308),
+    )
     with pytest.raises(vs.SimulationError, match="expected a finite number >= 0") as raised:
-        vs.simulate(endless, Given([(0.0, 10, 5)]))
-    assert len(raised.value.result.requests) == 1
+        vs.simulate(endless, Given([(0.0, 10, 5), (0.0, 10, 5)]))
+    assert raised.value.result.requests.replica_id.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("scheduler", ["vllm", "sarathi"])

@@ -65,8 +65,8 @@ class SingleStageLane(Lane):
         busy = usage = usage_since = 0.0
         num_completed = num_batches = num_context = num_pairs = 0
         num_prefill_tokens = num_decode_tokens = 0
-        now = yield inf
         try:
+            now = yield inf
             while True:
                 if is_formed:
                     # -- BATCH_STAGE_END and BATCH_END
