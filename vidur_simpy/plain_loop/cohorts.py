@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from vidur_simpy.plain_loop.completions import Member, Row
 
-__all__ = ["Cohort", "Entry", "Partial", "gather", "kept"]
+__all__ = ["Cohort", "Entry", "Partial", "Prompt", "gather", "kept"]
 
 
 class Partial:
@@ -40,8 +40,47 @@ class Partial:
         self.num_tokens = num_tokens  # computed
 
 
-def _arrived_at(entry: Partial | Member) -> float:
-    return entry.row[3] if isinstance(entry, Partial) else entry[3]
+class Prompt:
+    """A prompt that is computed piece by piece, each of them as execution-time models see it.
+
+    Times are as before the batch under way, in seconds.
+    """
+
+    __slots__ = (
+        "context",
+        "execution_time",
+        "last_stage_end",
+        "num_tokens",
+        "preempted_time",
+        "row",
+        "scheduled_at",
+    )
+
+    def __init__(self, row: Row, now: float, num_tokens: int) -> None:
+        self.row = row
+        self.scheduled_at = self.last_stage_end = now
+        self.execution_time = self.preempted_time = 0.0
+        self.num_tokens = num_tokens  # of the piece
+        self.context = num_tokens  # computed, once the piece is
+
+    def num_pairs(self) -> int:
+        """Return how many tokens those of the piece see, summed over them."""
+        return self.num_tokens * self.context - self.num_tokens * (self.num_tokens - 1) // 2
+
+    def as_partial(self, num_tokens: int) -> Partial:
+        """Return it with so many tokens computed."""
+        return Partial(
+            self.row,
+            self.scheduled_at,
+            self.execution_time,
+            self.preempted_time,
+            self.last_stage_end,
+            num_tokens,
+        )
+
+
+def _arrived_at(entry: Prompt | Member) -> float:
+    return entry.row[3] if isinstance(entry, Prompt) else entry[3]
 
 
 class Cohort:
@@ -188,21 +227,21 @@ Entry: TypeAlias = Cohort | Partial | Member
 
 
 def gather(
-    running: list[Entry], most: int, block_size: int
-) -> tuple[Cohort | None, list[Partial], list[Entry]]:
+    running: list[Cohort | Prompt | Member], most: int, block_size: int
+) -> tuple[Cohort | None, list[Prompt], list[Cohort | Prompt | Member]]:
     """Take the first decodes, at most so many, and the unfinished prompts met on the way.
 
     As `ContinuousBatching.take_decodes`; return what is left, too.
     """
     cohort: Cohort | None = None
-    partials: list[Partial] = []
-    left: list[Entry] = []
+    prompts: list[Prompt] = []
+    left: list[Cohort | Prompt | Member] = []
     size = 0
     for entry in running:
         if size == most:
             left.append(entry)
-        elif isinstance(entry, Partial):
-            partials.append(entry)
+        elif isinstance(entry, Prompt):
+            prompts.append(entry)
         elif isinstance(entry, Cohort):
             if cohort is None:
                 cohort = entry
@@ -216,16 +255,18 @@ def gather(
                 cohort = Cohort(block_size)
             cohort.join(entry)
             size += 1
-    return cohort, partials, left
+    return cohort, prompts, left
 
 
-def kept(skipped: list[Partial], left: list[Entry]) -> list[Entry]:
+def kept(
+    skipped: list[Prompt], left: list[Cohort | Prompt | Member]
+) -> list[Cohort | Prompt | Member]:
     """Put what is for a later batch in order of arrival."""
     if not skipped and len(left) == 1:
         if isinstance(left[0], Cohort):
             left[0].sort_by_arrival()
         return left
-    entries: list[Partial | Member] = [*skipped]
+    entries: list[Prompt | Member] = [*skipped]
     for entry in left:
         if isinstance(entry, Cohort):
             entries += [entry.leave(member) for member in list(entry.members.values())]
