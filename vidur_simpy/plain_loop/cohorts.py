@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from operator import itemgetter
 from typing import TypeAlias
 
@@ -157,52 +156,56 @@ class Cohort:
         return (*member[:6], spent, gap, since, 0.0, num_left)
 
     def absorb(self, other: Cohort, most: int) -> None:
-        """Move the first members of another one here, at most so many."""
-        if most < len(other.members):
-            for member in list(islice(other.members.values(), most)):
-                self.join(other.leave(member))
-            return
-        # As one by one, and nothing has to be left in order behind.
-        executed, last_end = other.execution_time, other.last_end
-        joined, later = self.execution_time, self.iteration - other.iteration
-        members, finishing = self.members, self.finishing
-        for member in other.members.values():
-            row, prompt, output, arrived_at, at, first_token_at, spent, gap, since, before, last = (
-                member
-            )
+        """Move the first members of another one here, at most so many: each leaves and joins."""
+        executed, last_end, joined = other.execution_time, other.last_end, self.execution_time
+        later, next_step = self.iteration - other.iteration, other.iteration + 1
+        members, finishing, phases = self.members, self.finishing, self.phases
+        others, buckets, other_phases = other.members, other.finishing, other.phases
+        num_processed, block_size, latest_arrival = 0, len(phases), self._latest_arrival
+        for member in [*others.values()][:most]:
+            row, prompt, output, arrived_at, at, first_at, spent, gap, since, before, last = member
+            del others[row]
+            bucket = buckets.pop(last)
+            if len(bucket) > 1:
+                bucket.remove(member)
+                buckets[last] = bucket
+            phase = 1 + last - prompt - output
+            other_phases[phase % block_size] -= 1
+            phases[(phase + later) % block_size] += 1
+            num_processed += next_step - phase
             own = executed - before
             if own:
-                gap += max(0.0, last_end - since - own)
+                waited = last_end - since - own
+                if waited > 0.0:
+                    gap += waited
                 spent += own
                 since = last_end
             last += later
-            moved = (
+            member = (
                 row,
                 prompt,
                 output,
                 arrived_at,
                 at,
-                first_token_at,
+                first_at,
                 spent,
                 gap,
                 since,
                 joined,
                 last,
             )
-            members[row] = moved
+            members[row] = member
             if last in finishing:
-                finishing[last].append(moved)
+                finishing[last].append(member)
             else:
-                finishing[last] = [moved]
-            if arrived_at < self._latest_arrival:
+                finishing[last] = [member]
+            if arrived_at < latest_arrival:
                 self._is_sorted = False
             else:
-                self._latest_arrival = arrived_at
-        self.processed += other.processed
-        phases, block_size = self.phases, len(self.phases)
-        for number, blocks in enumerate(other.phases):
-            phases[(number + later) % block_size] += blocks
-        other.members = {}
+                latest_arrival = arrived_at
+        self._latest_arrival = latest_arrival
+        self.processed += num_processed
+        other.processed -= num_processed
 
     def finish(self) -> list[Member]:
         """Take out the members that have their last token now; there are some."""
@@ -233,12 +236,17 @@ def gather(
 
     As `ContinuousBatching.take_decodes`; return what is left, too.
     """
+    if len(running) == 2:
+        # Mostly a batch has left its decodes and a prompt that goes on.
+        first, second = running
+        if type(first) is Cohort and type(second) is Prompt and len(first.members) < most:
+            return first, [second], []
     cohort: Cohort | None = None
     prompts: list[Prompt] = []
     left: list[Cohort | Prompt | Member] = []
-    size = 0
+    room = most
     for entry in running:
-        if size == most:
+        if not room:
             left.append(entry)
         elif isinstance(entry, Prompt):
             prompts.append(entry)
@@ -246,15 +254,15 @@ def gather(
             if cohort is None:
                 cohort = entry
             else:
-                cohort.absorb(entry, most - size)
+                cohort.absorb(entry, room)
                 if entry.members:
                     left.append(entry)
-            size = len(cohort.members)
+            room = most - len(cohort.members)
         else:
             if cohort is None:
                 cohort = Cohort(block_size)
             cohort.join(entry)
-            size += 1
+            room -= 1
     return cohort, prompts, left
 
 

@@ -250,10 +250,10 @@ class PipelineLane:
                         if taken:
                             num_tokens = done = pairs = 0
                             for prompt in taken:
-                                length = prompt.num_tokens
+                                length, context = prompt.num_tokens, prompt.context
                                 num_tokens += length
-                                done += prompt.context
-                                pairs += prompt.num_pairs()
+                                done += context
+                                pairs += length * context - length * (length - 1) // 2
                             batch.num_tokens += num_tokens
                             batch.total_context += done
                             batch.num_attention_pairs += pairs
@@ -296,7 +296,7 @@ class PipelineLane:
                         if ends_at == inf:
                             ends_at = end
                         is_full = len(under_way) == num_stages
-                        if not 0.0 < shortest <= end < inf:
+                        if not (shortest > 0.0 and ends_before[-1] < end < inf):
                             env._now = now
                             yield STUCK  # nothing may end at once, and the stage says what is wrong
                             return
