@@ -81,10 +81,10 @@ class PipelineLane:
         members, ends = self._completions.members, self._completions.ends
         num_outstanding = self._completions.num_outstanding
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
-        numbers = range(num_stages)
+        numbers, factor = range(num_stages), float(num_stages)
 
         running: list[Cohort | Prompt | Member] = []
-        under_way: deque[UnderWay] = deque()
+        under_way: list[UnderWay] = []  # few: a list is faster than a deque
         batch: Any = Batch()  # the one to be formed, again and again
         no_prompts: list[Prompt] = []
         duration = 0.0
@@ -115,7 +115,7 @@ class PipelineLane:
                         duration,
                         durations,
                         executed,
-                    ) = under_way.popleft()
+                    ) = under_way.pop(0)
                     ends_at, is_full = under_way[0][0] if under_way else inf, False
                     usage += used * (ended_at - usage_since)
                     usage_since = ended_at
@@ -143,16 +143,13 @@ class PipelineLane:
                     for prompt in taken:
                         gap = prompt.preempted_time + (formed_at - prompt.last_stage_end)
                         spent, end = prompt.execution_time, formed_at
-                        for time, free_then, stage_end in zip(
-                            durations or repeat(duration, num_stages),
-                            free_before,
-                            stage_ends,
-                            strict=True,
-                        ):
+                        times = durations or (duration,) * num_stages
+                        for stage in numbers:
+                            free_then = free_before[stage]
                             if free_then > end:
                                 gap += free_then - end
-                            spent += time
-                            end = stage_end
+                            spent += times[stage]
+                            end = stage_ends[stage]
                         row = prompt.row
                         if prompt.context < row[1]:
                             prompt.preempted_time, prompt.execution_time = gap, spent
@@ -196,9 +193,10 @@ class PipelineLane:
                             env._now = now
                             yield STUCK  # soon somebody may have to give way
                             return
-                        head = running[0]
-                        if type(head) is Cohort and len(running) == 1:
-                            cohort, prompts, running = head, no_prompts, []
+                        head, prompts = running[0], no_prompts
+                        if len(running) == 1 and type(head) is Cohort:
+                            cohort = head
+                            running.clear()
                         else:
                             cohort, prompts, running = gather(running, max_batch_size, block_size)
                         if cohort is not None:
@@ -277,7 +275,7 @@ class PipelineLane:
                                 end += duration
                                 free_at.append(end)
                             if num_stages <= _SUM_IS_PRODUCT:
-                                executed = num_stages * duration
+                                executed = factor * duration
                             else:
                                 *_, executed = accumulate(repeat(duration, num_stages))
                         else:
@@ -296,7 +294,7 @@ class PipelineLane:
                         if ends_at == inf:
                             ends_at = end
                         is_full = len(under_way) == num_stages
-                        if not (shortest > 0.0 and ends_before[-1] < end < inf):
+                        if not (free_then < end < inf and shortest > 0.0):
                             env._now = now
                             yield STUCK  # nothing may end at once, and the stage says what is wrong
                             return
@@ -343,10 +341,10 @@ class PipelineLane:
                 stage_ends = free_after
             pool.num_free, pool.num_free_least = num_blocks - used, num_blocks - most_used
             pool._usage_integral, pool._usage_since = usage, usage_since
-            for stage, time in zip(
+            for each, time in zip(
                 stages, [busy_time] * num_stages if is_alike else busy, strict=True
             ):
-                stage.busy_time = time
+                each.busy_time = time
             replica.num_batches = replica.num_batches_formed = num_batches
             replica.num_prefill_tokens = num_prefill_tokens
             replica.num_decode_tokens = num_decode_tokens
