@@ -99,9 +99,10 @@ class PipelineLane:
         sample_at = timeline.next_at
         ended_at = first_free_at = -inf
         ends_at, is_full = inf, False  # of the oldest batch; whether each stage may have one
-        now = yield inf
-        is_end_only, until = False, horizon[0]
+        now = -inf
         try:
+            now = yield inf
+            is_end_only, until = False, horizon[0]
             while True:
                 while ends_at <= now:
                     # -- BATCH_END
