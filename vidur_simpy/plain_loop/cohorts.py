@@ -94,7 +94,8 @@ class Cohort:
     phases : list of int
         Blocks that each step takes, by its number modulo the block size.
     iteration, processed : int
-        Steps that have ended, and tokens processed, summed over the members.
+        Steps that have ended, and tokens processed, summed over the members. In a pipeline the
+        step under way is counted, too.
     execution_time, last_end : float
         Time of the steps, and the end of the last of them, in seconds.
     """
