@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from operator import itemgetter
 from typing import TypeAlias
 
 from vidur_simpy.plain_loop.completions import Member, Row
 
-__all__ = ["Cohort", "Entry", "Partial", "gather", "kept"]
+__all__ = ["Cohort", "Entry", "Partial", "Prompt", "gather", "kept"]
 
 
 class Partial:
@@ -40,8 +39,47 @@ class Partial:
         self.num_tokens = num_tokens  # computed
 
 
-def _arrived_at(entry: Partial | Member) -> float:
-    return entry.row[3] if isinstance(entry, Partial) else entry[3]
+class Prompt:
+    """A prompt that is computed piece by piece, each of them as execution-time models see it.
+
+    Times are as before the batch under way, in seconds.
+    """
+
+    __slots__ = (
+        "context",
+        "execution_time",
+        "last_stage_end",
+        "num_tokens",
+        "preempted_time",
+        "row",
+        "scheduled_at",
+    )
+
+    def __init__(self, row: Row, now: float, num_tokens: int) -> None:
+        self.row = row
+        self.scheduled_at = self.last_stage_end = now
+        self.execution_time = self.preempted_time = 0.0
+        self.num_tokens = num_tokens  # of the piece
+        self.context = num_tokens  # computed, once the piece is
+
+    def num_pairs(self) -> int:
+        """Return how many tokens those of the piece see, summed over them."""
+        return self.num_tokens * self.context - self.num_tokens * (self.num_tokens - 1) // 2
+
+    def as_partial(self, num_tokens: int) -> Partial:
+        """Return it with so many tokens computed."""
+        return Partial(
+            self.row,
+            self.scheduled_at,
+            self.execution_time,
+            self.preempted_time,
+            self.last_stage_end,
+            num_tokens,
+        )
+
+
+def _arrived_at(entry: Prompt | Member) -> float:
+    return entry.row[3] if isinstance(entry, Prompt) else entry[3]
 
 
 class Cohort:
@@ -56,7 +94,8 @@ class Cohort:
     phases : list of int
         Blocks that each step takes, by its number modulo the block size.
     iteration, processed : int
-        Steps that have ended, and tokens processed, summed over the members.
+        Steps that have ended, and tokens processed, summed over the members. In a pipeline the
+        step under way is counted, too.
     execution_time, last_end : float
         Time of the steps, and the end of the last of them, in seconds.
     """
@@ -118,52 +157,56 @@ class Cohort:
         return (*member[:6], spent, gap, since, 0.0, num_left)
 
     def absorb(self, other: Cohort, most: int) -> None:
-        """Move the first members of another one here, at most so many."""
-        if most < len(other.members):
-            for member in list(islice(other.members.values(), most)):
-                self.join(other.leave(member))
-            return
-        # As one by one, and nothing has to be left in order behind.
-        executed, last_end = other.execution_time, other.last_end
-        joined, later = self.execution_time, self.iteration - other.iteration
-        members, finishing = self.members, self.finishing
-        for member in other.members.values():
-            row, prompt, output, arrived_at, at, first_token_at, spent, gap, since, before, last = (
-                member
-            )
+        """Move the first members of another one here, at most so many: each leaves and joins."""
+        executed, last_end, joined = other.execution_time, other.last_end, self.execution_time
+        later, next_step = self.iteration - other.iteration, other.iteration + 1
+        members, finishing, phases = self.members, self.finishing, self.phases
+        others, buckets, other_phases = other.members, other.finishing, other.phases
+        num_processed, block_size, latest_arrival = 0, len(phases), self._latest_arrival
+        for member in [*others.values()][:most]:
+            row, prompt, output, arrived_at, at, first_at, spent, gap, since, before, last = member
+            del others[row]
+            bucket = buckets.pop(last)
+            if len(bucket) > 1:
+                bucket.remove(member)
+                buckets[last] = bucket
+            phase = 1 + last - prompt - output
+            other_phases[phase % block_size] -= 1
+            phases[(phase + later) % block_size] += 1
+            num_processed += next_step - phase
             own = executed - before
             if own:
-                gap += max(0.0, last_end - since - own)
+                waited = last_end - since - own
+                if waited > 0.0:
+                    gap += waited
                 spent += own
                 since = last_end
             last += later
-            moved = (
+            member = (
                 row,
                 prompt,
                 output,
                 arrived_at,
                 at,
-                first_token_at,
+                first_at,
                 spent,
                 gap,
                 since,
                 joined,
                 last,
             )
-            members[row] = moved
+            members[row] = member
             if last in finishing:
-                finishing[last].append(moved)
+                finishing[last].append(member)
             else:
-                finishing[last] = [moved]
-            if arrived_at < self._latest_arrival:
+                finishing[last] = [member]
+            if arrived_at < latest_arrival:
                 self._is_sorted = False
             else:
-                self._latest_arrival = arrived_at
-        self.processed += other.processed
-        phases, block_size = self.phases, len(self.phases)
-        for number, blocks in enumerate(other.phases):
-            phases[(number + later) % block_size] += blocks
-        other.members = {}
+                latest_arrival = arrived_at
+        self._latest_arrival = latest_arrival
+        self.processed += num_processed
+        other.processed -= num_processed
 
     def finish(self) -> list[Member]:
         """Take out the members that have their last token now; there are some."""
@@ -188,44 +231,51 @@ Entry: TypeAlias = Cohort | Partial | Member
 
 
 def gather(
-    running: list[Entry], most: int, block_size: int
-) -> tuple[Cohort | None, list[Partial], list[Entry]]:
+    running: list[Cohort | Prompt | Member], most: int, block_size: int
+) -> tuple[Cohort | None, list[Prompt], list[Cohort | Prompt | Member]]:
     """Take the first decodes, at most so many, and the unfinished prompts met on the way.
 
     As `ContinuousBatching.take_decodes`; return what is left, too.
     """
+    if len(running) == 2:
+        # Mostly a batch has left its decodes and a prompt that goes on.
+        first, second = running
+        if type(first) is Cohort and type(second) is Prompt and len(first.members) < most:
+            return first, [second], []
     cohort: Cohort | None = None
-    partials: list[Partial] = []
-    left: list[Entry] = []
-    size = 0
+    prompts: list[Prompt] = []
+    left: list[Cohort | Prompt | Member] = []
+    room = most
     for entry in running:
-        if size == most:
+        if not room:
             left.append(entry)
-        elif isinstance(entry, Partial):
-            partials.append(entry)
+        elif isinstance(entry, Prompt):
+            prompts.append(entry)
         elif isinstance(entry, Cohort):
             if cohort is None:
                 cohort = entry
             else:
-                cohort.absorb(entry, most - size)
+                cohort.absorb(entry, room)
                 if entry.members:
                     left.append(entry)
-            size = len(cohort.members)
+            room = most - len(cohort.members)
         else:
             if cohort is None:
                 cohort = Cohort(block_size)
             cohort.join(entry)
-            size += 1
-    return cohort, partials, left
+            room -= 1
+    return cohort, prompts, left
 
 
-def kept(skipped: list[Partial], left: list[Entry]) -> list[Entry]:
+def kept(
+    skipped: list[Prompt], left: list[Cohort | Prompt | Member]
+) -> list[Cohort | Prompt | Member]:
     """Put what is for a later batch in order of arrival."""
     if not skipped and len(left) == 1:
         if isinstance(left[0], Cohort):
             left[0].sort_by_arrival()
         return left
-    entries: list[Partial | Member] = [*skipped]
+    entries: list[Prompt | Member] = [*skipped]
     for entry in left:
         if isinstance(entry, Cohort):
             entries += [entry.leave(member) for member in list(entry.members.values())]

@@ -7,36 +7,30 @@ the end of its first stage, when the next may be formed, and its end.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
+from itertools import accumulate, repeat
 from math import inf, nan
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from vidur_simpy.entities import Batch
-from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial, gather, kept
-from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
+from vidur_simpy.plain_loop.cohorts import Cohort, Prompt, gather, kept
+from vidur_simpy.plain_loop.completions import Member
+from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["PipelineLane"]
 
+# So many equal numbers add up, one after the other, to their product: to the last bit.
+_SUM_IS_PRODUCT = 5
+
 
 UnderWay: TypeAlias = tuple[
-    float,
-    Cohort | None,
-    int,
-    list[tuple[Partial, int]],
-    float,
-    list[float],
-    list[float],
-    tuple[float, ...],
-    float,
+    float, Cohort | None, list[Prompt], float, list[float], float, tuple[float, ...], float
 ]
-"""A batch in the pipeline: when it ends; what decodes, and how many; prompts with the tokens of
-each that are computed; when it was formed; when its stages end, and when those of the batch before
-do; their durations, and the sum of them. Times in seconds."""
+"""A batch in the pipeline: when it ends; what decodes; prompts; when it was formed; when its stages
+end; their duration if they are alike, else 0, and their durations if they are not; the sum of the
+durations. Times in seconds."""
 
 
 class PipelineLane(Lane):
@@ -49,139 +43,154 @@ class PipelineLane(Lane):
         stage_time, index, num_stages = stages[0].stage_time, replica.replica_id, len(stages)
         scheduler: Any = replica.scheduler
         block_size, num_blocks = pool.block_size, pool.num_blocks
-        watermark, chunk_size = pool.num_watermark_blocks, scheduler.chunk_size
+        admissible, chunk_size = num_blocks - pool.num_watermark_blocks, scheduler.chunk_size
         max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
+        scarce_from = num_blocks - max_batch_size
         members, ends = self._completions.members, self._completions.ends
         num_outstanding = self._completions.num_outstanding
-        no_partials: list[Partial] = []
-        numbers = range(num_stages)
-
-        running: list[Entry] = []
-        under_way: deque[UnderWay] = deque()
-        batch: Any = Batch()  # the one to be formed, again and again
-        spare = [Chunk() for _ in range(max_batch_size + num_stages)]
-        free_at = [0.0] * num_stages  # when each stage is done with the last batch
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
+        numbers, factor = range(num_stages), float(num_stages)
+
+        running: list[Cohort | Prompt | Member] = []
+        under_way: list[UnderWay] = []  # few: a list is faster than a deque
+        batch: Any = Batch()  # the one to be formed, again and again
+        no_prompts: list[Prompt] = []
+        duration = 0.0
+        durations: tuple[float, ...] = ()
+        # When each stage is done with the batch formed last, and when it was with the one ended.
+        free_at = stage_ends = [0.0] * num_stages
         busy, busy_time = [0.0] * num_stages, 0.0
         num_running = num_completed = 0
-        num_due = 0  # REPLICA_SCHEDULE events of this instant, because of batches that ended
-        free = least = num_blocks
+        used = most_used = 0
         usage = usage_since = 0.0
         num_batches = num_context = num_pairs = num_prefill_tokens = num_decode_tokens = 0
-        first_free_at = -inf
-        now = yield inf
+        sample_at = timeline.next_at
+        ended_at = first_free_at = -inf
+        ends_at, is_full = inf, False  # of the oldest batch; whether each stage may have one
+        now = -inf
         try:
+            now = yield inf
+            is_end_only, until = False, horizon[0]
             while True:
-                is_end_only = now == END_ONLY
-                if is_end_only:
-                    now = env._now
-                while under_way and under_way[0][0] <= now:
+                while ends_at <= now:
                     # -- BATCH_END
+                    free_before = stage_ends
                     (
-                        _,
+                        ended_at,
                         cohort,
-                        num_decodes,
                         taken,
                         formed_at,
                         stage_ends,
-                        ends_before,
+                        duration,
                         durations,
                         executed,
-                    ) = under_way.popleft()
-                    usage += (num_blocks - free) * (now - usage_since)
-                    usage_since = now
-                    num_due += 1
+                    ) = under_way.pop(0)
+                    ends_at, is_full = under_way[0][0] if under_way else inf, False
+                    usage += used * (ended_at - usage_since)
+                    usage_since = ended_at
                     num_batches += 1
                     if is_alike:
-                        busy_time += durations[0]
+                        busy_time += duration
                     else:
                         busy = [
                             time + duration for time, duration in zip(busy, durations, strict=True)
                         ]
                     if cohort is not None:
-                        cohort.iteration += 1
-                        cohort.processed += num_decodes
                         cohort.execution_time += executed
-                        cohort.last_end = now
+                        cohort.last_end = ended_at
                         if cohort.iteration in cohort.finishing:
                             finished = cohort.finish()
                             for member in finished:
-                                free -= -(member[1] + member[2] - 1) // block_size
+                                used += -(member[1] + member[2] - 1) // block_size
                             members += finished
-                            ends.append((now, cohort.execution_time, index, len(finished)))
+                            ends.append((ended_at, cohort.execution_time, index, len(finished)))
                             num_running -= len(finished)
                             num_completed += len(finished)
                             num_outstanding[index] -= len(finished)
                         if cohort.members:
                             running.append(cohort)
-                    for partial, length in taken:
-                        gap, spent, end = partial.preempted_time, partial.execution_time, formed_at
-                        if partial.num_tokens:
-                            gap += formed_at - partial.last_stage_end
-                        for duration, free_then, stage_end in zip(
-                            durations, ends_before, stage_ends, strict=True
-                        ):
+                    for prompt in taken:
+                        gap = prompt.preempted_time + (formed_at - prompt.last_stage_end)
+                        spent, end = prompt.execution_time, formed_at
+                        times = durations or (duration,) * num_stages
+                        for stage in numbers:
+                            free_then = free_before[stage]
                             if free_then > end:
                                 gap += free_then - end
-                            spent += duration
-                            end = stage_end
-                        partial.num_tokens += length
-                        row = partial.row
-                        if partial.num_tokens < row[1]:
-                            partial.preempted_time, partial.execution_time = gap, spent
-                            partial.last_stage_end = now
-                            running.append(partial)
+                            spent += times[stage]
+                            end = stage_ends[stage]
+                        row = prompt.row
+                        if prompt.context < row[1]:
+                            prompt.preempted_time, prompt.execution_time = gap, spent
+                            prompt.last_stage_end = ended_at
+                            running.append(prompt)
                             continue
                         num_left = row[2] - 1
-                        member = (*row, partial.scheduled_at, now, spent, gap, now, 0.0, num_left)
+                        member = (
+                            *row,
+                            prompt.scheduled_at,
+                            ended_at,
+                            spent,
+                            gap,
+                            ended_at,
+                            0.0,
+                            num_left,
+                        )
                         if num_left:
                             running.append(member)
                             continue
-                        free -= -row[1] // block_size
+                        used += -row[1] // block_size
                         members.append(member)
-                        ends.append((now, 0.0, index, 1))
+                        ends.append((ended_at, 0.0, index, 1))
                         num_running -= 1
                         num_completed += 1
                         num_outstanding[index] -= 1
                 if is_end_only:
                     now = yield nan
+                    is_end_only = False
 
                 # -- REPLICA_SCHEDULE
-                if first_free_at <= now and len(under_way) < num_stages:
+                if first_free_at <= now and not is_full:
                     if now != usage_since:
-                        usage += (num_blocks - free) * (now - usage_since)
+                        usage += used * (now - usage_since)
                         usage_since = now
-                    cohort = None
-                    partials = skipped = no_partials
+                    cohort, taken = None, no_prompts
+                    num_decodes = context = 0
+                    room = chunk_size
                     if running:
-                        if free <= max_batch_size:
+                        if used >= scarce_from:
                             env._now = now
                             yield STUCK  # soon somebody may have to give way
                             return
-                        head = running[0]
-                        if len(running) == 1 and isinstance(head, Cohort):
-                            cohort, running = head, []
+                        head, prompts = running[0], no_prompts
+                        if len(running) == 1 and type(head) is Cohort:
+                            cohort = head
+                            running.clear()
                         else:
-                            cohort, partials, running = gather(running, max_batch_size, block_size)
-                    num_decodes = context = 0
-                    if cohort is not None:
-                        num_decodes = len(cohort.members)
-                        blocks = cohort.phases[cohort.iteration % block_size]
-                        free -= blocks
-                        context = cohort.processed + num_decodes
-                    batch.num_decodes, batch.decode_context = num_decodes, context
-                    pairs, num_tokens = context, num_decodes
-                    room = chunk_size - num_decodes
-                    taken = []
-                    for partial in partials:
-                        length = min(partial.row[1] - partial.num_tokens, room)
-                        if length > 0:
-                            taken.append((partial, length))
-                            room -= length
-                        else:
-                            skipped = [*skipped, partial]
-                    if skipped or running:
-                        running = kept(skipped, running)
+                            cohort, prompts, running = gather(running, max_batch_size, block_size)
+                        if cohort is not None:
+                            num_decodes = len(cohort.members)
+                            iteration = cohort.iteration
+                            used += cohort.phases[iteration % block_size]
+                            # Nobody looks at a cohort under way: it is as after the step.
+                            cohort.iteration = iteration + 1
+                            cohort.processed = context = cohort.processed + num_decodes
+                            room -= num_decodes
+                        if prompts:
+                            taken, skipped = [], []
+                            for prompt in prompts:
+                                length = min(prompt.row[1] - prompt.context, room)
+                                if length > 0:
+                                    prompt.num_tokens = length
+                                    prompt.context += length
+                                    taken.append(prompt)
+                                    room -= length
+                                else:
+                                    skipped.append(prompt)
+                            if skipped or running:
+                                running = kept(skipped, running)
+                        elif running:
+                            running = kept([], running)
                     while (
                         waiting
                         and room > 0
@@ -190,117 +199,136 @@ class PipelineLane(Lane):
                     ):
                         row = waiting[0]
                         blocks = -(-row[1] // block_size)
-                        if free - blocks < watermark:
+                        if used + blocks > admissible:
                             break
                         waiting.popleft()
-                        free -= blocks
+                        used += blocks
                         num_running += 1
                         length = min(row[1], room)
                         room -= length
-                        taken.append((Partial(row, now), length))
+                        taken = [*taken, Prompt(row, now, length)]
                     if cohort is not None or taken:
-                        chunks = spare[: len(taken)]
-                        for chunk, (partial, length) in zip(chunks, taken, strict=True):
-                            chunk.num_tokens = length
-                            chunk.context = done = partial.num_tokens + length
-                            num_tokens += length
-                            context += done
-                            pairs += length * done - length * (length - 1) // 2
-                        if free < least:
-                            least = free
-                        batch.prefills = chunks
-                        batch.num_tokens, batch.total_context = num_tokens, context
-                        batch.num_attention_pairs = pairs
-                        if now >= timeline.next_at:
-                            in_use = (num_blocks - free) / num_blocks
-                            timeline.sample(now, num_running, len(waiting), in_use)
-                        # -- BATCH_STAGE_ARRIVAL to BATCH_STAGE_END of all stages
+                        batch.num_decodes = batch.num_tokens = num_decodes
+                        batch.decode_context = batch.total_context = context
+                        batch.num_attention_pairs = context
+                        batch.prefills = taken
                         num_decode_tokens += num_decodes
-                        num_prefill_tokens += num_tokens - num_decodes
                         num_context += context
-                        num_pairs += pairs
+                        if taken:
+                            num_tokens = done = pairs = 0
+                            for prompt in taken:
+                                length, context = prompt.num_tokens, prompt.context
+                                num_tokens += length
+                                done += context
+                                pairs += length * context - length * (length - 1) // 2
+                            batch.num_tokens += num_tokens
+                            batch.total_context += done
+                            batch.num_attention_pairs += pairs
+                            num_prefill_tokens += num_tokens
+                            num_context += done
+                            num_pairs += pairs - done
+                        if used > most_used:
+                            most_used = used
+                        if now >= sample_at:
+                            sample_at = timeline.sample(
+                                now, num_running, len(waiting), used / num_blocks
+                            )
+                        # -- BATCH_STAGE_ARRIVAL to BATCH_STAGE_END of all stages
+                        ends_before, free_at = free_at, []
+                        end = now
                         if is_alike:
-                            durations = (stage_time(batch, 0),) * num_stages
+                            duration = shortest = stage_time(batch, 0)
+                            for free_then in ends_before:
+                                if free_then > end:
+                                    end = free_then
+                                end += duration
+                                free_at.append(end)
+                            if num_stages <= _SUM_IS_PRODUCT:
+                                executed = factor * duration
+                            else:
+                                *_, executed = accumulate(repeat(duration, num_stages))
                         else:
                             durations = tuple([stage_time(batch, stage) for stage in numbers])
-                        ends_before = free_at
-                        free_at = []
-                        executed, end = 0.0, now
-                        for duration, free_then in zip(durations, ends_before, strict=True):
-                            if free_then > end:
-                                end = free_then
-                            end += duration
-                            executed += duration
-                            free_at.append(end)
+                            shortest, executed = min(durations), 0.0
+                            for time, free_then in zip(durations, ends_before, strict=True):
+                                if free_then > end:
+                                    end = free_then
+                                end += time
+                                executed += time
+                                free_at.append(end)
                         under_way.append(
-                            (
-                                end,
-                                cohort,
-                                num_decodes,
-                                taken,
-                                now,
-                                free_at,
-                                ends_before,
-                                durations,
-                                executed,
-                            )
+                            (end, cohort, taken, now, free_at, duration, durations, executed)
                         )
                         first_free_at = free_at[0]
-                        if not 0.0 < min(durations) <= end < inf:
+                        if ends_at == inf:
+                            ends_at = end
+                        is_full = len(under_way) == num_stages
+                        if not (free_then < end < inf and shortest > 0.0):
                             env._now = now
                             yield STUCK  # nothing may end at once, and the stage says what is wrong
                             return
                     else:
-                        first_free_at = -inf  # no more attempts at this instant
-                    num_due = 0
-                    self.arrived_at = -inf
-                if under_way:
-                    ends_at = under_way[0][0]
-                    is_full = len(under_way) == num_stages
-                    if not is_full and now < first_free_at < ends_at:
-                        ends_at = first_free_at
+                        first_free_at = ended_at = self.arrived_at = -inf  # no more attempts now
+
+                if is_full:
+                    next_at = ends_at if ends_at > first_free_at else first_free_at
                 else:
-                    ends_at, is_full = inf, False
-                if ends_at < horizon[0] and not env.is_interrupted:
+                    next_at = first_free_at if first_free_at > now else ends_at
+                if next_at < until and not env.is_interrupted:
+                    now = next_at  # what ends before is seen by nobody until then
+                elif ends_at < until and not env.is_interrupted:
                     now = ends_at
                 else:
                     self.is_open = first_free_at <= now and not is_full
                     env._now = now
-                    now = yield ends_at
+                    now = yield min(next_at, ends_at)
+                    until, is_end_only = horizon[0], now == END_ONLY
+                    if is_end_only:
+                        now = env._now
         finally:
             is_over = now == env._now
             now = env._now
-            for _, cohort, num_decodes, taken, *_ in under_way:
-                context = pairs = 0 if cohort is None else cohort.processed + num_decodes
-                for partial, length in taken:
-                    done = partial.num_tokens + length
-                    context += done
-                    pairs += length * done - length * (length - 1) // 2
-                    num_prefill_tokens -= length
-                num_decode_tokens -= num_decodes
-                num_context -= context
-                num_pairs -= pairs
-            for stage, time in zip(
+            batches = []
+            for _, cohort, taken, formed_at, free_after, duration, durations, _ in under_way:
+                if cohort is not None:
+                    num_decodes = len(cohort.members)
+                    num_decode_tokens -= num_decodes
+                    num_context -= cohort.processed
+                    cohort.iteration -= 1
+                    cohort.processed -= num_decodes
+                before = []
+                for prompt in taken:
+                    done = prompt.context - prompt.num_tokens
+                    num_prefill_tokens -= prompt.num_tokens
+                    num_context -= prompt.context
+                    num_pairs -= prompt.num_pairs() - prompt.context
+                    before.append((prompt.as_partial(done), prompt.num_tokens))
+                times = durations or (duration,) * num_stages
+                batches.append(
+                    BatchUnderWay(cohort, before, formed_at, free_after, stage_ends, times)
+                )
+                stage_ends = free_after
+            for each, time in zip(
                 stages, [busy_time] * num_stages if is_alike else busy, strict=True
             ):
-                stage.busy_time = time
+                each.busy_time = time
             self._note(
-                free=free,
-                least=least,
+                free=num_blocks - used,
+                least=num_blocks - most_used,
                 usage=usage,
                 usage_since=usage_since,
                 num_batches=num_batches,
                 num_prefill_tokens=num_prefill_tokens,
                 num_decode_tokens=num_decode_tokens,
-                num_pairs=num_pairs,
+                num_pairs=num_context + num_pairs,
                 num_context=num_context,
                 num_completed=num_completed,
             )
             num_schedules = 0
-            if first_free_at <= now and len(under_way) < num_stages:
-                num_schedules = num_due + (first_free_at == now) + (self.arrived_at == now)
-            batches = [
-                BatchUnderWay(cohort, taken, formed_at, ends, ends_before, durations)
-                for _, cohort, _, taken, formed_at, ends, ends_before, durations, _ in under_way
+            if first_free_at <= now and not is_full:
+                num_schedules = sum(at == now for at in (ended_at, first_free_at, self.arrived_at))
+            left = [
+                entry.as_partial(entry.context) if isinstance(entry, Prompt) else entry
+                for entry in running
             ]
-            leave(replica, waiting, running, batches, self._make, num_schedules, is_over=is_over)
+            leave(replica, waiting, left, batches, self._make, num_schedules, is_over=is_over)
