@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vidur_simpy as vs
+from vidur_simpy.execution_time.linear import LinearStageTime
 from vidur_simpy.metrics import Timeline
 from vidur_simpy.plain_loop import loop as plain_loop
 
@@ -156,6 +157,37 @@ def test_the_loop_stops_where_the_run_does(
     ours.run()
     theirs.run()
     assert_equal(ours.result(), theirs.result())
+
+
+@pytest.mark.parametrize("pipeline_parallel_size", [1, 2])
+def test_an_error_of_the_execution_times_leaves_all_requests(pipeline_parallel_size: int) -> None:
+    """Where the model fails, the run ends with every request that has arrived, each once."""
+    given = cluster(
+        num_replicas=2,
+        pipeline_parallel_size=pipeline_parallel_size,
+        replica_scheduler=SCHEDULERS["sarathi"],
+        execution_time=vs.Linear(),
+    )
+    rows = [(0.01 * index, 50 + index, 20) for index in range(20)]
+    call, num_calls = LinearStageTime.__call__, 0
+
+    def fail_in_time(self: LinearStageTime, *arguments: Any) -> float:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 25:
+            raise vs.ProfileError("outside of the profile")
+        return call(self, *arguments)
+
+    sim = vs.Simulation(given, Given(rows))
+    with (
+        mock.patch.object(LinearStageTime, "__call__", fail_in_time),
+        pytest.raises(vs.ProfileError),
+    ):
+        sim.run()
+    seen = sim.result().requests
+    num_arrived = sum(arrived_at < sim.env.now for arrived_at, *_ in rows)
+    assert seen.request_id.tolist() == list(range(num_arrived))
+    assert seen.scheduled_at.dropna().le(sim.env.now).all()
 
 
 @pytest.mark.parametrize("pipeline_parallel_size", [1, 2])

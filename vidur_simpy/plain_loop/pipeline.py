@@ -18,7 +18,6 @@ from vidur_simpy.plain_loop.completions import Member
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 
-
 __all__ = ["PipelineLane"]
 
 # So many equal numbers add up, one after the other, to their product: to the last bit.
@@ -47,7 +46,7 @@ class PipelineLane(Lane):
         max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
         scarce_from = num_blocks - max_batch_size
         members, ends = self._completions.members, self._completions.ends
-        num_outstanding = self._completions.num_outstanding
+        num_outstanding, many = self._completions.num_outstanding, self._completions.many
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
         numbers, factor = range(num_stages), float(num_stages)
 
@@ -66,6 +65,7 @@ class PipelineLane(Lane):
         num_batches = num_context = num_pairs = num_prefill_tokens = num_decode_tokens = 0
         sample_at = timeline.next_at
         ended_at = first_free_at = -inf
+        is_formed = False  # a batch that is not under way yet
         ends_at, is_full = inf, False  # of the oldest batch; whether each stage may have one
         now = -inf
         try:
@@ -107,6 +107,8 @@ class PipelineLane(Lane):
                             num_running -= len(finished)
                             num_completed += len(finished)
                             num_outstanding[index] -= len(finished)
+                            if len(members) >= many:
+                                until = -inf  # come back, so that they can be taken away
                         if cohort.members:
                             running.append(cohort)
                     for prompt in taken:
@@ -234,6 +236,7 @@ class PipelineLane(Lane):
                                 now, num_running, len(waiting), used / num_blocks
                             )
                         # -- BATCH_STAGE_ARRIVAL to BATCH_STAGE_END of all stages
+                        is_formed = True
                         ends_before, free_at = free_at, []
                         end = now
                         if is_alike:
@@ -259,6 +262,7 @@ class PipelineLane(Lane):
                         under_way.append(
                             (end, cohort, taken, now, free_at, duration, durations, executed)
                         )
+                        is_formed = False
                         first_free_at = free_at[0]
                         if ends_at == inf:
                             ends_at = end
@@ -286,6 +290,9 @@ class PipelineLane(Lane):
                     if is_end_only:
                         now = env._now
         finally:
+            if is_formed:  # and its execution time could not be told: now the stage says why
+                env._now = now
+                under_way.append((nan, cohort, taken, now, [nan], nan, (), nan))
             is_over = now == env._now
             now = env._now
             batches = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from heapq import heappop, heappush
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.entities import Batch
@@ -304,6 +304,8 @@ class SingleStageLane(Lane):
                 num_context -= context
                 num_pairs -= pairs
                 started_at = now
+                if isnan(duration):  # it could not be told: now the stage says why
+                    env._now = now
                 if run.num_steps:
                     num_steps, blocks, executed, busy, usage = run.stop(env._now, usage)
                     started_at, duration = run.under_way
