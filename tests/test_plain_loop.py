@@ -203,10 +203,16 @@ def test_an_impossible_time_is_said_by_the_stage(pipeline_parallel_size: int) ->
     assert raised.value.result.requests.replica_id.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("scheduler", ["vllm", "sarathi"])
-def test_who_gives_way_does_so_within_the_loop(scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "pipeline_parallel_size"), [("vllm", 1), ("sarathi", 1), ("sarathi", 2)]
+)
+def test_who_gives_way_does_so_within_the_loop(scheduler: str, pipeline_parallel_size: int) -> None:
     """Short of memory, too, no event is needed; restarts are counted as the processes do."""
-    scarce = cluster(kv_cache=vs.KVCache(num_blocks=33), replica_scheduler=SCHEDULERS[scheduler])
+    scarce = cluster(
+        pipeline_parallel_size=pipeline_parallel_size,
+        kv_cache=vs.KVCache(num_blocks=33),
+        replica_scheduler=SCHEDULERS[scheduler],
+    )
     rows = [(0.05 * index, 60 + index, 90) for index in range(40)]
     sim = vs.Simulation(scarce, Given(rows), seed=1)
     sim.run()
@@ -216,7 +222,7 @@ def test_who_gives_way_does_so_within_the_loop(scheduler: str) -> None:
 
 
 def test_a_pipeline_raises_no_events() -> None:
-    """Its stages are recurrences, as long as blocks are plenty."""
+    """Its stages are recurrences."""
     deep = cluster(pipeline_parallel_size=4, replica_scheduler=vs.Sarathi(max_num_seqs=16))
     rows = [(0.05 * index, 60 + index, 90) for index in range(40)]
     sim = vs.Simulation(deep, Given(rows), seed=1)

@@ -9,7 +9,7 @@ to there no event has to be queued and no request be made: the next thing to hap
 arrival or the first end of a batch, and a request is a row of the workload's table.
 
 The loop can stop at any instant and leave the rest to the processes. It does at that event, at a
-ctrl-C, and in a pipeline when blocks run short and somebody may have to give way.
+ctrl-C, at an execution time that is none, and in a pipeline at one of zero seconds.
 """
 
 from vidur_simpy.plain_loop.loop import ExpectedRequests, after_plain_loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import TypeAlias
 
-from vidur_simpy.plain_loop.completions import Member, Row
+from vidur_simpy.plain_loop.completions import Member, Restart, Row
 
 __all__ = ["Cohort", "Entry", "Partial", "Prompt", "gather", "kept"]
 
@@ -61,6 +61,11 @@ class Prompt:
         self.execution_time = self.preempted_time = 0.0
         self.num_tokens = num_tokens  # of the piece
         self.context = num_tokens  # computed, once the piece is
+
+    def take_up(self, times: Restart) -> None:
+        """Go on with the times of a request that was restarted."""
+        self.scheduled_at, _, self.execution_time, self.preempted_time = times[:4]
+        self.last_stage_end = times.last_stage_end
 
     def num_pairs(self) -> int:
         """Return how many tokens those of the piece see, summed over them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from vidur_simpy.workload import RequestArrays
 
-__all__ = ["Completions", "Member", "Row"]
+__all__ = ["Completions", "Member", "Restart", "Row"]
 
 Row: TypeAlias = tuple[int, int, int, float]
 """A request: its row in the workload's table, its prompt and output tokens, when it arrived."""
@@ -18,6 +18,26 @@ Member: TypeAlias = tuple[int, int, int, float, float, float, float, float, floa
 """A request that decodes: a `Row`; when it was scheduled and got its first token; its execution and
 its preempted time, and the end of its last stage, when it joined its decode set; the execution time
 of the set then; the set's iteration in which it gets its last token. Times in seconds."""
+
+
+class Restart(NamedTuple):
+    """What a request keeps when it is restarted; it waits as a `Row` with what is left to do.
+
+    Attributes
+    ----------
+    scheduled_at : float
+        In seconds, as all times here.
+    first_token_at : float or None
+    execution_time, preempted_time, last_stage_end : float
+    num_restarts : int
+    """
+
+    scheduled_at: float
+    first_token_at: float | None
+    execution_time: float
+    preempted_time: float
+    last_stage_end: float
+    num_restarts: int
 
 
 class Completions:

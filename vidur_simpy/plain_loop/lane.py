@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from math import inf
 from typing import TYPE_CHECKING
 
-from vidur_simpy.plain_loop.cohorts import Partial
-from vidur_simpy.plain_loop.completions import Completions, Member, Row
+from vidur_simpy.plain_loop.cohorts import Partial, Prompt
+from vidur_simpy.plain_loop.completions import Completions, Member, Restart, Row
 from vidur_simpy.plain_loop.runs import DecodeRun
-from vidur_simpy.plain_loop.shortage import Restart
 
 if TYPE_CHECKING:
     from vidur_simpy.entities import Request
@@ -105,17 +104,17 @@ class Lane(ABC):
         run.cut(now)
         return run.num_steps < num_steps
 
-    def _restart(self, victim: Partial | Member) -> Row:
+    def _restart(self, victim: Partial | Prompt | Member) -> Row:
         """Return as what somebody waits who gave way, and note what it keeps."""
         row: Row
-        if isinstance(victim, Partial):
-            row, first_token_at = victim.row, None
-            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
-            scheduled_at = victim.scheduled_at
-        else:
+        if isinstance(victim, tuple):
             number, prompt, output, arrived_at, scheduled_at, first_token_at, *_, num_left = victim
             row = (number, prompt + output - num_left, num_left, arrived_at)
             times = victim[6:9]
+        else:
+            row, first_token_at = victim.row, None
+            times = (victim.execution_time, victim.preempted_time, victim.last_stage_end)
+            scheduled_at = victim.scheduled_at
         before = self._restarts.get(row[0])
         num_restarts = 1
         if before is not None:
@@ -125,6 +124,13 @@ class Lane(ABC):
         self._restarts[row[0]] = Restart(scheduled_at, first_token_at, *times, num_restarts)
         self._completions.num_restarts[row[0]] = num_restarts
         return row
+
+    def _num_restarts(self, live: Iterable[int]) -> int:
+        """Return the restarts of the requests that are complete; `live` are the rows of others."""
+        others = set(live)
+        return sum(
+            restart.num_restarts for row, restart in self._restarts.items() if row not in others
+        )
 
     def _note(
         self,

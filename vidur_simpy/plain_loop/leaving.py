@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, Request
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
-from vidur_simpy.plain_loop.completions import Member, Row
-from vidur_simpy.plain_loop.shortage import Restart
+from vidur_simpy.plain_loop.completions import Member, Restart, Row
 
 if TYPE_CHECKING:
     from vidur_simpy.processes import Replica

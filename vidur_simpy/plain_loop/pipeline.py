@@ -8,7 +8,7 @@ the end of its first stage, when the next may be formed, and its end.
 from __future__ import annotations
 
 from collections.abc import Generator
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from math import inf, nan
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from vidur_simpy.plain_loop.cohorts import Cohort, Prompt, gather, kept
 from vidur_simpy.plain_loop.completions import Member
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
+from vidur_simpy.plain_loop.shortage import take_scarce
 
 __all__ = ["PipelineLane"]
 
@@ -44,7 +45,7 @@ class PipelineLane(Lane):
         block_size, num_blocks = pool.block_size, pool.num_blocks
         admissible, chunk_size = num_blocks - pool.num_watermark_blocks, scheduler.chunk_size
         max_num_seqs, max_batch_size = scheduler.max_num_seqs, scheduler.max_batch_size
-        scarce_from = num_blocks - max_batch_size
+        scarce_from, restarts = num_blocks - max_batch_size, self._restarts
         members, ends = self._completions.members, self._completions.ends
         num_outstanding, many = self._completions.num_outstanding, self._completions.many
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
@@ -128,10 +129,13 @@ class PipelineLane(Lane):
                             running.append(prompt)
                             continue
                         num_left = row[2] - 1
+                        first: Any = ended_at
+                        if row[0] in restarts and restarts[row[0]].first_token_at is not None:
+                            first = restarts[row[0]].first_token_at
                         member = (
                             *row,
                             prompt.scheduled_at,
-                            ended_at,
+                            first,
                             spent,
                             gap,
                             ended_at,
@@ -160,12 +164,15 @@ class PipelineLane(Lane):
                     num_decodes = context = 0
                     room = chunk_size
                     if running:
-                        if used >= scarce_from:
-                            env._now = now
-                            yield STUCK  # soon somebody may have to give way
-                            return
-                        head, prompts = running[0], no_prompts
-                        if len(running) == 1 and type(head) is Cohort:
+                        head, prompts, is_scarce = running[0], no_prompts, used >= scarce_from
+                        if is_scarce:  # somebody may have to give way
+                            cohort, prompts, running, victims, free, fewest = take_scarce(
+                                running, max_batch_size, num_blocks - used, block_size
+                            )
+                            used, most_used = num_blocks - free, max(most_used, num_blocks - fewest)
+                            num_running -= len(victims)
+                            waiting.extendleft(map(self._restart, victims))
+                        elif len(running) == 1 and type(head) is Cohort:
                             cohort = head
                             running.clear()
                         else:
@@ -173,7 +180,8 @@ class PipelineLane(Lane):
                         if cohort is not None:
                             num_decodes = len(cohort.members)
                             iteration = cohort.iteration
-                            used += cohort.phases[iteration % block_size]
+                            if not is_scarce:
+                                used += cohort.phases[iteration % block_size]
                             # Nobody looks at a cohort under way: it is as after the step.
                             cohort.iteration = iteration + 1
                             cohort.processed = context = cohort.processed + num_decodes
@@ -201,14 +209,18 @@ class PipelineLane(Lane):
                     ):
                         row = waiting[0]
                         blocks = -(-row[1] // block_size)
-                        if used + blocks > admissible:
+                        restart = restarts.get(row[0])
+                        if used + blocks > admissible and (restart is None or used):
                             break
                         waiting.popleft()
                         used += blocks
                         num_running += 1
                         length = min(row[1], room)
                         room -= length
-                        taken = [*taken, Prompt(row, now, length)]
+                        prompt = Prompt(row, now, length)
+                        if restart is not None:
+                            prompt.take_up(restart)
+                        taken = [*taken, prompt]
                     if cohort is not None or taken:
                         batch.num_decodes = batch.num_tokens = num_decodes
                         batch.decode_context = batch.total_context = context
@@ -338,4 +350,20 @@ class PipelineLane(Lane):
                 entry.as_partial(entry.context) if isinstance(entry, Prompt) else entry
                 for entry in running
             ]
-            leave(replica, waiting, left, batches, self._make, num_schedules, is_over=is_over)
+            live = [row[0] for row in waiting]
+            for entry in chain(running, *((each[1], *each[2]) for each in under_way)):
+                if isinstance(entry, Cohort):
+                    live += entry.members
+                elif entry is not None:
+                    live.append(entry.row[0] if isinstance(entry, Prompt) else entry[0])
+            replica.num_restarts = self._num_restarts(live)
+            leave(
+                replica,
+                waiting,
+                left,
+                batches,
+                self._make,
+                num_schedules,
+                is_over=is_over,
+                restarts=restarts,
+            )

@@ -3,65 +3,53 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
-from vidur_simpy.plain_loop.cohorts import Partial
+from vidur_simpy.plain_loop.cohorts import Cohort, Partial, Prompt
 from vidur_simpy.plain_loop.completions import Member
 
-__all__ = ["Restart", "give_way"]
+__all__ = ["give_way", "take_scarce"]
 
-
-class Restart(NamedTuple):
-    """What a request keeps when it is restarted; it waits as a `Row` with what is left to do.
-
-    Attributes
-    ----------
-    scheduled_at : float
-        In seconds, as all times here.
-    first_token_at : float or None
-    execution_time, preempted_time, last_stage_end : float
-    num_restarts : int
-    """
-
-    scheduled_at: float
-    first_token_at: float | None
-    execution_time: float
-    preempted_time: float
-    last_stage_end: float
-    num_restarts: int
+Prefill: TypeAlias = Partial | Prompt
+Entry: TypeAlias = Member | Prefill
 
 
 def give_way(
-    running: Iterable[Member | Partial], free: int, iteration: int, block_size: int
-) -> tuple[list[Member | Partial], int, int]:
+    queue: deque[Entry], free: int, iteration: int, block_size: int, most: int
+) -> tuple[list[Prefill], list[Entry], int, int]:
     """Let each request that decodes take its block, the last in order giving way for it.
 
     As `ContinuousBatching.take_decodes`, one request after the other.
 
     Parameters
     ----------
-    running : iterable of Member and Partial
-        All that are admitted, in order.
+    queue : deque of Member, Partial and Prompt
+        What is between two batches, in order. Those are left in it that `most` keep from being
+        reached.
     free : int
         Blocks that nobody holds.
     iteration : int
         Steps of the decode set that have ended.
     block_size : int
+    most : int
+        Most decodes of a batch.
 
     Returns
     -------
-    victims : list of Member and Partial
+    prefills : list of Partial and Prompt
+        The unfinished prompts met on the way.
+    victims : list of Member, Partial and Prompt
         In the order in which they gave way.
     free, least : int
         Blocks that are free in the end, and the fewest that were.
     """
-    queue = deque(running)
-    victims: list[Member | Partial] = []
-    least = free
-    while queue:
+    prefills: list[Prefill] = []
+    victims: list[Entry] = []
+    least, num_decodes = free, 0
+    while queue and num_decodes < most:
         entry = queue.popleft()
-        if isinstance(entry, Partial):
+        if not isinstance(entry, tuple):
+            prefills.append(entry)
             continue
         while free < 1:
             victim = queue.pop() if queue else entry
@@ -73,12 +61,79 @@ def give_way(
             # Its last block is full: the step takes another.
             free -= _num_tokens_held(entry, iteration) % block_size == 0
             least = min(least, free)
-    return victims, free, least
+            num_decodes += 1
+    return prefills, victims, free, least
 
 
-def _num_tokens_held(entry: Member | Partial, iteration: int) -> int:
+def take_scarce(
+    running: list[Cohort | Prompt | Member], most: int, free: int, block_size: int
+) -> tuple[
+    Cohort | None,
+    list[Prompt],
+    list[Cohort | Prompt | Member],
+    list[Prompt | Member],
+    int,
+    int,
+]:
+    """Take a batch's decodes when blocks are scarce; as `ContinuousBatching.take_decodes`.
+
+    Parameters
+    ----------
+    running : list of Cohort, Prompt and Member
+        What is between two batches, in order.
+    most : int
+        Most decodes of a batch.
+    free : int
+        Blocks that nobody holds.
+    block_size : int
+
+    Returns
+    -------
+    cohort : Cohort or None
+    prompts : list of Prompt
+        The unfinished prompts met on the way.
+    left : list of Prompt and Member
+        What is for a later batch.
+    victims : list of Prompt and Member
+        Who gave way, in this order.
+    free, least : int
+        Blocks that are free in the end, and the fewest that were.
+    """
+    cohort: Cohort | None = None
+    prompts: list[Prompt] = []
+    ahead: list[int] = []  # of each of them
+    for entry in running:
+        if isinstance(entry, Prompt):
+            prompts.append(entry)
+            ahead.append(0 if cohort is None else len(cohort.members))
+        elif isinstance(entry, Cohort):
+            if cohort is None:
+                cohort = entry
+            else:
+                cohort.absorb(entry, len(entry.members))
+        else:
+            if cohort is None:
+                cohort = Cohort(block_size)
+            cohort.join(entry)
+    if cohort is None:
+        return None, prompts, [], [], free, free
+    needed = cohort.phases[cohort.iteration % block_size]
+    if len(cohort.members) + bool(prompts) <= most and free > needed:
+        return cohort, prompts, [], [], free - needed, free - needed
+    queue: deque[Any] = deque(cohort.members.values())
+    for prompt, position in zip(reversed(prompts), reversed(ahead), strict=True):
+        queue.insert(position, prompt)
+    reached: Any
+    victims: Any
+    reached, victims, free, least = give_way(queue, free, cohort.iteration, block_size, most)
+    victims = [cohort.leave(each) if isinstance(each, tuple) else each for each in victims]
+    left: list[Any] = [cohort.leave(each) if isinstance(each, tuple) else each for each in queue]
+    return cohort if cohort.members else None, reached, left, victims, free, least
+
+
+def _num_tokens_held(entry: Entry, iteration: int) -> int:
     """Return the tokens with a slot between two batches; the newest of a decode has none yet."""
-    if isinstance(entry, Partial):
+    if not isinstance(entry, tuple):
         return entry.row[1]
     _, prompt, output, *_, last = entry
     return prompt + output - (last - iteration) - 1

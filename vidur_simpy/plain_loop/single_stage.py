@@ -7,6 +7,7 @@ touched until then.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator
 from heapq import heappop, heappush
 from math import inf, isnan, nan
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
-from vidur_simpy.plain_loop.completions import Member, Row
+from vidur_simpy.plain_loop.completions import Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.shortage import give_way
@@ -53,7 +54,8 @@ class SingleStageLane(Lane):
         size = iteration = processed = 0  # of the decode set: members, steps, tokens
         executed = last_end = 0.0
         is_partial = is_partial_taken = is_partial_skipped = False
-        partial, done, scheduled_at, spent, gap, since = (0, 0, 0, 0.0), 0, 0.0, 0.0, 0.0, 0.0
+        partial: Row = (0, 0, 0, 0.0)
+        done, scheduled_at, spent, gap, since = 0, 0.0, 0.0, 0.0, 0.0
         batch: Any = Batch()  # the one under way, again and again
         chunks: list[Chunk] = []
         spare: list[Chunk] = []  # used again and again
@@ -175,17 +177,19 @@ class SingleStageLane(Lane):
                         is_short = True
                         cohort.iteration, cohort.processed = iteration, processed
                         cohort.execution_time, cohort.last_end = executed, last_end
-                        admitted: list[Member | Partial] = [*decoding.values()]
+                        admitted: deque[Any] = deque(decoding.values())
                         if is_partial:
                             entry = Partial(partial, scheduled_at, spent, gap, since, done)
                             admitted.insert(0 if is_partial_skipped else size, entry)
-                        victims, free, fewest = give_way(admitted, free, iteration, block_size)
+                        _, victims, free, fewest = give_way(
+                            admitted, free, iteration, block_size, max_batch_size
+                        )
                         least = min(least, fewest)
                         for victim in victims:
-                            if isinstance(victim, Partial):
-                                is_partial = False
-                            else:
+                            if isinstance(victim, tuple):
                                 victim = cohort.leave(victim)
+                            else:
+                                is_partial = False
                             waiting.appendleft(self._restart(victim))
                         processed = cohort.processed
                         num_decodes = size = len(decoding)
@@ -353,13 +357,9 @@ class SingleStageLane(Lane):
                 running.insert(0 if is_partial_skipped else 1, left)
             # Else as the end of the stage and that of the batch have it.
             num_schedules = 0 if is_formed or not (waiting or running) else 2
-            live = {row[0] for row in (*waiting, *decoding.values())}
-            live.update(prefill[0][0] for prefill in prefills)
-            if is_partial:
-                live.add(partial[0])
-            replica.num_restarts = sum(
-                restart.num_restarts for row, restart in restarts.items() if row not in live
-            )
+            live = {row[0] for row in waiting} | decoding.keys()
+            live |= {prefill[0][0] for prefill in prefills}
+            replica.num_restarts = self._num_restarts(live | {partial[0]} if is_partial else live)
             leave(replica, waiting, running, batches, self._make, num_schedules, restarts=restarts)
 
     def _fits(self, row: Row, free: int) -> bool:
