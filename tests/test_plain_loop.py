@@ -18,6 +18,7 @@ import vidur_simpy as vs
 from vidur_simpy.execution_time.linear import LinearStageTime
 from vidur_simpy.metrics import Timeline
 from vidur_simpy.plain_loop import loop as plain_loop
+from vidur_simpy.request_log import RequestLog
 
 SCHEDULERS: dict[str, Any] = {
     "vllm": vs.Vllm(max_num_seqs=5, max_num_batched_tokens=200),
@@ -28,6 +29,7 @@ SCHEDULERS: dict[str, Any] = {
 EXECUTION_TIMES = {
     "linear": vs.Linear(),
     "ties": vs.Linear(base=0.25, per_token=0.0, per_context_token=0.0),
+    "at_once": vs.Linear(base=0.0, per_token=0.0, per_context_token=0.0),
     "roofline": vs.Roofline(),
 }
 ROUTERS = ["round_robin", "random", "least_outstanding_requests", "least_waiting_requests"]
@@ -229,6 +231,30 @@ def test_a_pipeline_raises_no_events() -> None:
     sim.run()
     assert sim.env.num_events < 25
     assert_equal(sim.result(), by_processes(deep, rows))
+
+
+def test_blocks_of_a_run_left_half_way_count_for_the_peak() -> None:
+    """The step under way has taken its block, whatever happens next."""
+    given = cluster(
+        kv_cache=vs.KVCache(num_blocks=100), execution_time=vs.Linear(base=0.1, per_token=0.0)
+    )
+    rows = [(0.0, 10, 8), (0.76, 5, 1)]
+    ours, theirs = vs.Simulation(given, Given(rows)), vs.Simulation(given, Given(rows))
+    ours.run(until=0.78)
+    with mock.patch.object(plain_loop, "_knows", return_value=False):
+        theirs.run(until=0.78)
+    assert_equal(ours.result(), theirs.result())
+    assert theirs.result().replicas.kv_cache_usage_peak[0] == pytest.approx(0.02)
+
+
+def test_requests_without_a_row_are_told() -> None:
+    """An error before they arrived or were written is not forgotten by the next run."""
+    sim = vs.Simulation(cluster(), Given([(0.1 * index, 10, 5) for index in range(30)]))
+    with mock.patch.object(RequestLog, "append_columns", side_effect=vs.VidurError("disk full")):
+        with pytest.raises(vs.VidurError, match="disk full"):
+            sim.run()
+        with pytest.raises(vs.SimulationError, match="30 requests have no row"):
+            sim.run()
 
 
 def test_the_loop_raises_no_events() -> None:

@@ -38,10 +38,10 @@ from vidur_simpy.sums import Numbers, added, running_sums
 if TYPE_CHECKING:
     from vidur_simpy.processes import Replica, Stage
 
-__all__ = ["FastStage"]
+__all__ = ["LONGEST_RUN", "SHORTEST_RUN", "FastStage"]
 
 # A run is planned for at most so many iterations; one that is cut leaves a shorter next one.
-_SHORTEST, _LONGEST = 8, 4_096
+SHORTEST_RUN, LONGEST_RUN = 8, 4_096
 
 
 class FastStage:
@@ -91,7 +91,7 @@ class FastStage:
         self._decode_times: Any = None
         if self._is_alone and _knows_runs(replica.scheduler):
             self._decode_times = getattr(stage.stage_time, "decode_times", None)
-        self._limit = _SHORTEST
+        self._limit = SHORTEST_RUN
         self._durations: Numbers = ()
         self._ends: Numbers = ()
         self._num_settled = 0
@@ -260,7 +260,7 @@ class FastStage:
         last = self.num_steps - 1
         self._skip(last)
         if self.num_steps == self._limit:
-            self._limit = min(2 * self._limit, _LONGEST)
+            self._limit = min(2 * self._limit, LONGEST_RUN)
         self.num_steps = 0
         return float(self._durations[last])
 
@@ -287,7 +287,7 @@ class FastStage:
         """Take the iterations after the one under way from the run; return if there were any."""
         self.settle(now)
         num_steps = self._num_settled + 1
-        self._limit = max(_SHORTEST, 2 * num_steps)
+        self._limit = max(SHORTEST_RUN, 2 * num_steps)
         is_shorter = num_steps < self.num_steps
         self.num_steps = num_steps
         return is_shorter

@@ -60,9 +60,9 @@ class GlobalScheduler(Protocol):
 
 # What routers that are no mystery say of themselves, as attributes of the function:
 #
-# `only_counts_requests`: it looks at no more of a replica than :class:`ReplicaState` says;
-# `ignores_requests`: nor at the request, nor at the state of any replica;
-# `fewest`: it takes the first replica with the least of this count.
+# `only_counts_requests`: it looks at no more of a replica than `ReplicaState` says, at its counts
+# only if it also has `fewest`: it takes the first replica with the least of this count;
+# `ignores_requests`: it does not look at the request, either.
 
 
 def _only_counting(route: Route[ReplicaState]) -> Route[ReplicaState]:

@@ -43,9 +43,6 @@ class Expected:
         self.keep = keep
         self._live = live
 
-    def __iter__(self) -> Iterator[Request]:
-        return self.made_from(0)
-
     @property
     def is_watched(self) -> bool:
         """Whether somebody watches how far they are."""

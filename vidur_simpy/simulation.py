@@ -243,6 +243,11 @@ class Simulation:
                 value = self.env.run(until)
             if until is None and self._live:
                 raise SimulationError(self._stuck())
+            if until is None and self._num_missing:
+                raise SimulationError(
+                    f"{self._num_missing} requests have no row: an error ended an earlier run before "
+                    f"they arrived or were written; start a new Simulation."
+                )
         except SimulationError as error:
             error.result = self.result()
             raise
@@ -259,6 +264,11 @@ class Simulation:
         """Write the rows that wait in memory for more, if rows go to files."""
         for log in (self._request_log, *self._logs.values()):
             log.flush()
+
+    @property
+    def _num_missing(self) -> int:
+        """Requests expected or submitted that have no row, when all should have one."""
+        return self._roster.num_expected + self._roster.num_submitted - len(self._request_log)
 
     def _stuck(self) -> str:
         stuck = sorted(self._live)

@@ -17,7 +17,8 @@ Row: TypeAlias = tuple[int, int, int, float]
 Member: TypeAlias = tuple[int, int, int, float, float, float, float, float, float, float, int]
 """A request that decodes: a `Row`; when it was scheduled and got its first token; its execution and
 its preempted time, and the end of its last stage, when it joined its decode set; the execution time
-of the set then; the set's iteration in which it gets its last token. Times in seconds."""
+of the set then; the set's iteration in which it gets its last token. In no set, these two are 0 and
+the tokens to come. Times in seconds."""
 
 
 class Restart(NamedTuple):
@@ -65,8 +66,15 @@ class Completions:
         self.ends: list[tuple[float, float, int, int]] = []
         self.num_outstanding = [0] * num_replicas
 
-    def take_columns(self, table: RequestArrays) -> dict[str, Any]:
-        """Return the columns of a request log of all members, and forget them."""
+    def forget(self) -> None:
+        """Forget them: they were taken away."""
+        for member in self.members if self.num_restarts else ():
+            self.num_restarts.pop(member[0], None)
+        self.members.clear()
+        self.ends.clear()
+
+    def columns(self, table: RequestArrays) -> dict[str, Any]:
+        """Return the columns of a request log of all members."""
         columns = list(zip(*self.members, strict=True))
         numbers, floats = columns[0], columns[4:10]
         order = np.argsort(numbers)
@@ -78,15 +86,13 @@ class Completions:
         completed_at, executed, replica_id = (
             np.repeat([end[column] for end in self.ends], counts)[order] for column in range(3)
         )
-        self.members.clear()
-        self.ends.clear()
         # As DecodeSet.times_of: what was not execution was waiting.
         own = executed - joined
         waited = completed_at - since - own
         requests = table.take(rows)
         some = {}
         if self.num_restarts:
-            restarts = [self.num_restarts.pop(row, 0) for row in rows.tolist()]
+            restarts = [self.num_restarts.get(row, 0) for row in rows.tolist()]
             some["num_restarts"] = np.array(restarts)
         return {
             "request_id": rows if requests.request_id is None else requests.request_id,

@@ -23,7 +23,7 @@ __all__ = ["END_ONLY", "STUCK", "Chunk", "Lane"]
 END_ONLY = -1.0
 
 # What a lane answers instead of the instant at which its batch ends: the processes have to go on.
-STUCK = -1.0
+STUCK = -2.0
 
 
 class Chunk:

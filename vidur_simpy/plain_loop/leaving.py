@@ -52,7 +52,7 @@ def leave(
     waiting: Iterable[Row],
     running: Sequence[Entry],
     batches: Sequence[BatchUnderWay],
-    make: Callable[[int], Request],
+    request_of: Callable[[int], Request],
     num_schedules: int,
     *,
     is_over: bool = False,
@@ -66,8 +66,8 @@ def leave(
         What is between two batches, in order.
     batches : sequence of BatchUnderWay
         The oldest first.
-    make : callable
-        Makes the request of a row.
+    request_of : callable
+        Makes the request of a row of the workload, given by its number.
     num_schedules : int
         REPLICA_SCHEDULE events that are due now.
     is_over : bool
@@ -78,7 +78,7 @@ def leave(
     scheduler: Any = replica.scheduler
 
     def made(row: Row | Member) -> Request:
-        request = make(row[0])
+        request = request_of(row[0])
         request.replica_id = replica.replica_id
         if row[0] in restarts:
             restart = restarts[row[0]]
@@ -131,7 +131,8 @@ def _decode_set(cohort: Cohort, make: Make) -> DecodeSet:
     decodes = DecodeSet(len(cohort.phases))
     for member in cohort.members.values():
         joined, last = member[-2:]
-        # How many steps it has taken is not known, but whether it has: the times say so.
+        # How many steps it has taken is not known, but whether it has: the times say so (of steps
+        # that took no time there is nothing to add).
         num_steps = int(cohort.execution_time != joined)
         decodes.iteration, decodes.execution_time = cohort.iteration - num_steps, joined
         decodes.join(_decoding(member, last - decodes.iteration, make))
@@ -146,7 +147,8 @@ def _resume(replica: Replica, batch: BatchUnderWay, make: Make, *, is_over: bool
     now = replica.env.now
     is_known = all(map(isfinite, batch.durations))
     find = bisect_right if is_over else bisect_left
-    stage_id = find(batch.ends, now) if is_known else 0
+    # Where stages take no time the batch may have passed them all at the instant it was formed.
+    stage_id = find(batch.ends, now) if is_known and batch.formed_at < now else 0
     chunks = []
     for partial, num_tokens in batch.taken:
         request = _prefilling(partial, make)

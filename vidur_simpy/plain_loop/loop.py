@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from vidur_simpy.processes import Replica, Router
     from vidur_simpy.workload import RequestArrays
 
-KNOWN = ((SarathiScheduler, VllmScheduler), (SarathiScheduler,))
-
 __all__ = ["ExpectedRequests", "after_plain_loop"]
+
+# Schedulers whose rules the lanes know.
+_ON_ONE_STAGE, _IN_PIPELINES = (SarathiScheduler, VllmScheduler), (SarathiScheduler,)
 
 # Completed requests are taken away as columns when there are so many.
 _FEW, _MANY = 128, 4_096
@@ -72,7 +73,7 @@ def _knows(replica: Replica) -> bool:
     scheduler: Any = replica.scheduler
     stage_time = replica.stages[0].stage_time
     return (
-        type(scheduler) in KNOWN[replica.num_stages > 1]
+        type(scheduler) in (_IN_PIPELINES if replica.num_stages > 1 else _ON_ONE_STAGE)
         and type(scheduler.waiting) is WaitingQueue
         and not scheduler.resources.sequence_pipeline_parallel
         and hasattr(stage_time, "decode_times")
@@ -103,13 +104,15 @@ class _Loop:
     def close(self) -> None:
         """Leave every replica to its processes."""
         self.router.num_received += self.num_arrived
-        self._keep()
         for lane in self.lanes:
             lane.close()
+        self._keep()
 
     def _keep(self) -> None:
+        """Hand over the requests that are complete."""
         if self.completions.members:
-            self.requests.keep(self.completions.take_columns(self.requests.table))
+            self.requests.keep(self.completions.columns(self.requests.table))
+            self.completions.forget()
 
     def run(self) -> None:
         """Handle one instant after the other, until somebody else is due or it cannot go on."""
@@ -221,6 +224,7 @@ class _Loop:
             return choose
         if getattr(route, "ignores_requests", False):
             return lambda row: route(None, numbers)
+        # A shard's router, which looks at the request alone.
         made = enumerate(self.requests.table.iterate())
 
         def choose_for(row: int) -> int:

@@ -252,7 +252,10 @@ class PipelineLane(Lane):
                         ends_before, free_at = free_at, []
                         end = now
                         if is_alike:
-                            duration = shortest = stage_time(batch, 0)
+                            try:
+                                duration = shortest = stage_time(batch, 0)
+                            except Exception:  # which the stage runs into, too
+                                duration = shortest = nan
                             for free_then in ends_before:
                                 if free_then > end:
                                     end = free_then
@@ -263,7 +266,10 @@ class PipelineLane(Lane):
                             else:
                                 *_, executed = accumulate(repeat(duration, num_stages))
                         else:
-                            durations = tuple([stage_time(batch, stage) for stage in numbers])
+                            try:
+                                durations = tuple([stage_time(batch, stage) for stage in numbers])
+                            except Exception:  # which the stage runs into, too
+                                durations = (nan,) * num_stages
                             shortest, executed = min(durations), 0.0
                             for time, free_then in zip(durations, ends_before, strict=True):
                                 if free_then > end:
@@ -279,7 +285,7 @@ class PipelineLane(Lane):
                         if ends_at == inf:
                             ends_at = end
                         is_full = len(under_way) == num_stages
-                        if not (free_then < end < inf and shortest > 0.0):
+                        if not free_then < end < end + 0.5 * shortest < inf:
                             env._now = now
                             yield STUCK  # nothing may end at once, and the stage says what is wrong
                             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from vidur_simpy.fast_forward import LONGEST_RUN, SHORTEST_RUN
 from vidur_simpy.sums import Numbers, repeated
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodeRun", "State"]
 
-# A run is planned for at most so many iterations; one that is cut leaves a shorter next one.
-_SHORTEST, _LONGEST = 8, 4_096
-# Fewer are stepped.
+# Fewer iterations are stepped.
 _WORTH_IT = 3
 
 
@@ -69,7 +68,7 @@ class DecodeRun:
         self._decode_times = stage_time.decode_times
         self._num_blocks = replica.pool.num_blocks
         self._timeline = replica.timeline
-        self._limit = _SHORTEST
+        self._limit = SHORTEST_RUN
         self.num_steps = 0
         self.ends: list[float] = []
         self.arrivals: list[float] = []
@@ -81,7 +80,10 @@ class DecodeRun:
         if num_steps < _WORTH_IT:
             return False
         num_decodes, context, _, executed, busy, _, _, _, _ = state
-        durations = self._decode_times(num_decodes, context, num_steps, 0)
+        try:
+            durations = self._decode_times(num_decodes, context, num_steps, 0)
+        except Exception:  # which stepping runs into, too, in time
+            return False
         sums: tuple[list[float], ...] | NDArray[np.float64]
         if isinstance(durations, np.ndarray):
             sums = np.empty((3, num_steps + 1))
@@ -106,7 +108,7 @@ class DecodeRun:
     def cut(self, now: float) -> None:
         """Let it end with the iteration that is under way at `now` (seconds)."""
         num_steps = 1 + bisect_left(self.ends, now, 0, self.num_steps - 1)
-        self._limit = max(_SHORTEST, 2 * num_steps)
+        self._limit = max(SHORTEST_RUN, 2 * num_steps)
         self.num_steps = num_steps
 
     def end(self, num_steps: int, usage: float) -> tuple[int, float, float, float]:
@@ -122,7 +124,7 @@ class DecodeRun:
             The integral of the blocks in use over time, of which the value before was given.
         """
         if num_steps == self._limit:
-            self._limit = min(2 * num_steps, _LONGEST)
+            self._limit = min(2 * num_steps, LONGEST_RUN)
         self.num_steps = 0
         _, _, iteration, _, _, phases, used_before, _, _ = self._state
         sums, ends = self._sums, self.ends
@@ -197,4 +199,4 @@ class DecodeRun:
 @cache
 def _rounds(block_size: int) -> NDArray[np.int64]:
     """Return the position of many iterations among those of a block, from the start of one."""
-    return np.arange(_LONGEST + block_size) % block_size
+    return np.arange(LONGEST_RUN + block_size) % block_size

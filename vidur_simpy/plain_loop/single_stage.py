@@ -50,8 +50,11 @@ class SingleStageLane(Lane):
         restarts = self._restarts
         cohort = Cohort(block_size)  # whose numbers are variables here
         decoding, finishing, phases = cohort.members, cohort.finishing, cohort.phases
+        # Of the decode set: members, steps, tokens; time of its steps and when the last one ended.
+        # Of a prompt that goes on: the tokens computed; when it was first scheduled; its execution
+        # and preempted time before the batch under way; when its last batch ended.
         finishes: list[int] = []
-        size = iteration = processed = 0  # of the decode set: members, steps, tokens
+        size = iteration = processed = 0
         executed = last_end = 0.0
         is_partial = is_partial_taken = is_partial_skipped = False
         partial: Row = (0, 0, 0, 0.0)
@@ -287,7 +290,10 @@ class SingleStageLane(Lane):
                     ends_at = run.ends[run.num_steps - 1]
                 else:
                     duration = nan
-                    duration = stage_time(batch, 0)
+                    try:
+                        duration = stage_time(batch, 0)
+                    except Exception:  # which the stage runs into, too
+                        duration = nan
                     if not 0.0 <= duration < inf:
                         env._now = now
                         yield STUCK  # the stage says what is wrong
