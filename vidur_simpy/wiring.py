@@ -26,7 +26,7 @@ def make_replicas(
 ) -> list[Replica]:
     """Make the replicas; each tells `on_completed` the requests that are complete."""
     stage_time = cluster.stage_time()
-    capacity = min(2_048, max(64, TIMELINE_ROWS // cluster.num_replicas))
+    capacity = min(1_024, max(64, TIMELINE_ROWS // cluster.num_replicas))
     replicas = []
     for replica_id in range(cluster.num_replicas):
         pool = cluster.make_pool()

@@ -210,7 +210,9 @@ class SingleStageLane(Lane):
                 while left > 0:
                     if is_partial:
                         gap += now - since
-                        length = min(partial[1] - done, left)
+                        length = partial[1] - done
+                        if length > left:
+                            length = left
                     elif waiting and room and num_running != max_num_seqs:
                         partial = waiting[0]
                         length = partial[1]
