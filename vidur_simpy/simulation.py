@@ -245,8 +245,8 @@ class Simulation:
                 raise SimulationError(self._stuck())
             if until is None and self._num_missing:
                 raise SimulationError(
-                    f"{self._num_missing} requests have no row: an error ended an earlier run before "
-                    f"they arrived or were written; start a new Simulation."
+                    f"{self._num_missing} requests have no row: an error ended an earlier run "
+                    f"before they arrived or were written; start a new Simulation."
                 )
         except SimulationError as error:
             error.result = self.result()
