@@ -7,42 +7,22 @@ from typing import TypeAlias
 
 from vidur_simpy.plain_loop.completions import Member, Restart, Row
 
-__all__ = ["Cohort", "Entry", "Partial", "Prompt", "gather", "kept"]
-
-
-class Partial:
-    """A prompt that goes on, as it was before the batch under way; times in seconds."""
-
-    __slots__ = (
-        "execution_time",
-        "last_stage_end",
-        "num_tokens",
-        "preempted_time",
-        "row",
-        "scheduled_at",
-    )
-
-    def __init__(
-        self,
-        row: Row,
-        scheduled_at: float,
-        execution_time: float = 0.0,
-        preempted_time: float = 0.0,
-        last_stage_end: float = 0.0,
-        num_tokens: int = 0,
-    ) -> None:
-        self.row = row
-        self.scheduled_at = scheduled_at
-        self.execution_time = execution_time
-        self.preempted_time = preempted_time
-        self.last_stage_end = last_stage_end
-        self.num_tokens = num_tokens  # computed
+__all__ = ["Cohort", "Entry", "Prompt", "gather", "kept"]
 
 
 class Prompt:
     """A prompt that is computed piece by piece, each of them as execution-time models see it.
 
     Times are as before the batch under way, in seconds.
+
+    Attributes
+    ----------
+    row : Row
+    scheduled_at, execution_time, preempted_time, last_stage_end : float
+    num_tokens : int
+        Of the last piece.
+    context : int
+        Tokens computed, once that piece is.
     """
 
     __slots__ = (
@@ -59,28 +39,24 @@ class Prompt:
         self.row = row
         self.scheduled_at = self.last_stage_end = now
         self.execution_time = self.preempted_time = 0.0
-        self.num_tokens = num_tokens  # of the piece
-        self.context = num_tokens  # computed, once the piece is
+        self.num_tokens = self.context = num_tokens
 
-    def take_up(self, times: Restart) -> None:
+    def with_times(
+        self, execution_time: float, preempted_time: float, last_stage_end: float
+    ) -> Prompt:
+        """Set its times, and return it."""
+        self.execution_time, self.preempted_time = execution_time, preempted_time
+        self.last_stage_end = last_stage_end
+        return self
+
+    def take_up(self, restart: Restart) -> None:
         """Go on with the times of a request that was restarted."""
-        self.scheduled_at, _, self.execution_time, self.preempted_time = times[:4]
-        self.last_stage_end = times.last_stage_end
+        self.scheduled_at = restart.scheduled_at
+        self.with_times(*restart[2:5])
 
     def num_pairs(self) -> int:
         """Return how many tokens those of the piece see, summed over them."""
         return self.num_tokens * self.context - self.num_tokens * (self.num_tokens - 1) // 2
-
-    def as_partial(self, num_tokens: int) -> Partial:
-        """Return it with so many tokens computed."""
-        return Partial(
-            self.row,
-            self.scheduled_at,
-            self.execution_time,
-            self.preempted_time,
-            self.last_stage_end,
-            num_tokens,
-        )
 
 
 def _arrived_at(entry: Prompt | Member) -> float:
@@ -231,7 +207,7 @@ class Cohort:
             self._is_sorted = True
 
 
-Entry: TypeAlias = Cohort | Partial | Member
+Entry: TypeAlias = Cohort | Prompt | Member
 """What is between two batches; a member that is in no cohort has its tokens to come as `last`."""
 
 

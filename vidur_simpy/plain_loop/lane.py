@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from math import inf
 from typing import TYPE_CHECKING
 
-from vidur_simpy.plain_loop.cohorts import Partial, Prompt
+from vidur_simpy.plain_loop.cohorts import Prompt
 from vidur_simpy.plain_loop.completions import Completions, Member, Restart, Row
 from vidur_simpy.plain_loop.runs import DecodeRun
 
@@ -104,7 +104,7 @@ class Lane(ABC):
         run.cut(now)
         return run.num_steps < num_steps
 
-    def _restart(self, victim: Partial | Prompt | Member) -> Row:
+    def _restart(self, victim: Prompt | Member) -> Row:
         """Return as what somebody waits who gave way, and note what it keeps."""
         row: Row
         if isinstance(victim, tuple):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, Request
-from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Member, Restart, Row
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class BatchUnderWay:
     ----------
     cohort : Cohort or None
         What decodes.
-    taken : sequence of (Partial, int)
-        Prompts, as they were before, with the tokens of each that are computed.
+    taken : sequence of Prompt
+        Those of which a piece is computed.
     formed_at : float
     ends, ends_before : sequence of float
         When each stage is done with it, and with the batch before.
@@ -40,7 +40,7 @@ class BatchUnderWay:
     """
 
     cohort: Cohort | None
-    taken: Sequence[tuple[Partial, int]]
+    taken: Sequence[Prompt]
     formed_at: float
     ends: Sequence[float]
     ends_before: Sequence[float]
@@ -62,7 +62,7 @@ def leave(
 
     Parameters
     ----------
-    running : sequence of Cohort, Member and Partial
+    running : sequence of Cohort, Member and Prompt
         What is between two batches, in order.
     batches : sequence of BatchUnderWay
         The oldest first.
@@ -97,8 +97,8 @@ def leave(
     for entry in running:
         if isinstance(entry, Cohort):
             scheduler.running.append(_decode_set(entry, running_one))
-        elif isinstance(entry, Partial):
-            scheduler.running.append(_prefilling(entry, running_one))
+        elif isinstance(entry, Prompt):
+            scheduler.running.append(_prefilling(entry, entry.context, running_one))
         else:
             scheduler.running.append(_decoding(entry, entry[-1], running_one))
     for batch in batches:
@@ -107,12 +107,13 @@ def leave(
         replica.schedule.raise_now()
 
 
-def _prefilling(partial: Partial, make: Make) -> Request:
-    request = make(partial.row)
-    request.scheduled_at = partial.scheduled_at
-    request.execution_time, request.preempted_time = partial.execution_time, partial.preempted_time
-    request.last_stage_end = partial.last_stage_end if partial.num_tokens else None
-    request._processed = request.num_scheduled_tokens = partial.num_tokens
+def _prefilling(prompt: Prompt, num_tokens: int, make: Make) -> Request:
+    """Make a request of whose prompt so many tokens are computed."""
+    request = make(prompt.row)
+    request.scheduled_at = prompt.scheduled_at
+    request.execution_time, request.preempted_time = prompt.execution_time, prompt.preempted_time
+    request.last_stage_end = prompt.last_stage_end if num_tokens else None
+    request._processed = request.num_scheduled_tokens = num_tokens
     return request
 
 
@@ -150,12 +151,11 @@ def _resume(replica: Replica, batch: BatchUnderWay, make: Make, *, is_over: bool
     # Where stages take no time the batch may have passed them all at the instant it was formed.
     stage_id = find(batch.ends, now) if is_known and batch.formed_at < now else 0
     chunks = []
-    for partial, num_tokens in batch.taken:
-        request = _prefilling(partial, make)
-        if partial.num_tokens:
-            request.preempted_time += batch.formed_at - partial.last_stage_end
+    for prompt in batch.taken:
+        request = _prefilling(prompt, prompt.context - prompt.num_tokens, make)
+        request.preempted_time += batch.formed_at - prompt.last_stage_end
         request.last_stage_end = None
-        chunks.append(request.schedule_chunk(num_tokens))
+        chunks.append(request.schedule_chunk(prompt.num_tokens))
     decodes = None if batch.cohort is None else _decode_set(batch.cohort, make)
     resumed = Batch(decodes, chunks)
     resumed.scheduled_at = started_at = batch.formed_at

@@ -321,16 +321,13 @@ class PipelineLane(Lane):
                     num_context -= cohort.processed
                     cohort.iteration -= 1
                     cohort.processed -= num_decodes
-                before = []
                 for prompt in taken:
-                    done = prompt.context - prompt.num_tokens
                     num_prefill_tokens -= prompt.num_tokens
                     num_context -= prompt.context
                     num_pairs -= prompt.num_pairs() - prompt.context
-                    before.append((prompt.as_partial(done), prompt.num_tokens))
                 times = durations or (duration,) * num_stages
                 batches.append(
-                    BatchUnderWay(cohort, before, formed_at, free_after, stage_ends, times)
+                    BatchUnderWay(cohort, taken, formed_at, free_after, stage_ends, times)
                 )
                 stage_ends = free_after
             for each, time in zip(
@@ -352,10 +349,6 @@ class PipelineLane(Lane):
             num_schedules = 0
             if first_free_at <= now and not is_full:
                 num_schedules = sum(at == now for at in (ended_at, first_free_at, self.arrived_at))
-            left = [
-                entry.as_partial(entry.context) if isinstance(entry, Prompt) else entry
-                for entry in running
-            ]
             live = [row[0] for row in waiting]
             for entry in chain(running, *((each[1], *each[2]) for each in under_way)):
                 if isinstance(entry, Cohort):
@@ -366,7 +359,7 @@ class PipelineLane(Lane):
             leave(
                 replica,
                 waiting,
-                left,
+                running,
                 batches,
                 self._make,
                 num_schedules,

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, TypeAlias
 
-from vidur_simpy.plain_loop.cohorts import Cohort, Partial, Prompt
+from vidur_simpy.plain_loop.cohorts import Cohort, Prompt
 from vidur_simpy.plain_loop.completions import Member
 
 __all__ = ["give_way", "take_scarce"]
 
-Prefill: TypeAlias = Partial | Prompt
-Entry: TypeAlias = Member | Prefill
+Entry: TypeAlias = Member | Prompt
 
 
 def give_way(
     queue: deque[Entry], free: int, iteration: int, block_size: int, most: int
-) -> tuple[list[Prefill], list[Entry], int, int]:
+) -> tuple[list[Prompt], list[Entry], int, int]:
     """Let each request that decodes take its block, the last in order giving way for it.
 
     As `ContinuousBatching.take_decodes`, one request after the other.
 
     Parameters
     ----------
-    queue : deque of Member, Partial and Prompt
+    queue : deque of Member and Prompt
         What is between two batches, in order. Those are left in it that `most` keep from being
         reached.
     free : int
@@ -36,14 +35,14 @@ def give_way(
 
     Returns
     -------
-    prefills : list of Partial and Prompt
+    prefills : list of Prompt
         The unfinished prompts met on the way.
-    victims : list of Member, Partial and Prompt
+    victims : list of Member and Prompt
         In the order in which they gave way.
     free, least : int
         Blocks that are free in the end, and the fewest that were.
     """
-    prefills: list[Prefill] = []
+    prefills: list[Prompt] = []
     victims: list[Entry] = []
     least, num_decodes = free, 0
     while queue and num_decodes < most:

@@ -14,7 +14,7 @@ from math import inf, isnan, nan
 from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.entities import Batch
-from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Partial
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
@@ -182,7 +182,9 @@ class SingleStageLane(Lane):
                         cohort.execution_time, cohort.last_end = executed, last_end
                         admitted: deque[Any] = deque(decoding.values())
                         if is_partial:
-                            entry = Partial(partial, scheduled_at, spent, gap, since, done)
+                            entry = Prompt(partial, scheduled_at, done).with_times(
+                                spent, gap, since
+                            )
                             admitted.insert(0 if is_partial_skipped else size, entry)
                         _, victims, free, fewest = give_way(
                             admitted, free, iteration, block_size, max_batch_size
@@ -334,9 +336,10 @@ class SingleStageLane(Lane):
                 if is_partial_taken:
                     prefills.append((partial, scheduled_at, spent, gap))
                 taken = []
-                for prefill, chunk in zip(prefills, chunks, strict=True):
-                    num_tokens = chunk.context - chunk.num_tokens
-                    taken.append((Partial(*prefill, started_at, num_tokens), chunk.num_tokens))
+                for (row, at, before, waited), chunk in zip(prefills, chunks, strict=True):
+                    piece = Prompt(row, at, chunk.num_tokens)
+                    piece.context = chunk.context
+                    taken.append(piece.with_times(before, waited, started_at))
                 end = started_at + duration
                 in_batch = cohort if num_decodes else None
                 batches = [
@@ -361,8 +364,8 @@ class SingleStageLane(Lane):
             if size and not (is_formed and num_decodes):
                 running.append(cohort)
             if is_partial and not (is_formed and is_partial_taken):
-                left = Partial(partial, scheduled_at, spent, gap, since, done)
-                running.insert(0 if is_partial_skipped else 1, left)
+                entry = Prompt(partial, scheduled_at, done).with_times(spent, gap, since)
+                running.insert(0 if is_partial_skipped else 1, entry)
             # Else as the end of the stage and that of the batch have it.
             num_schedules = 0 if is_formed or not (waiting or running) else 2
             live = {row[0] for row in waiting} | decoding.keys()
