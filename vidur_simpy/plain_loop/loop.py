@@ -131,15 +131,19 @@ class _Loop:
         arrives_at, row = next(arrivals, nothing)
         stops_at = env.peek()  # the end of `run(until)`, or an event of the user's
         while not env.is_interrupted:
-            upcoming = min(arrives_at, stops_at)
+            upcoming = arrives_at if arrives_at < stops_at else stops_at
             while heap and heap[0][0] < upcoming:
                 now, index = heap[0]
                 if now != ends[index]:
                     heappop(heap)
                     continue
-                horizon[0] = (
-                    min(upcoming, *[entry[0] for entry in heap[1:3]]) if heap[1:] else upcoming
-                )
+                # The second and the third of a heap are the candidates for what comes next.
+                until = upcoming
+                if len(heap) > 1 and heap[1][0] < until:
+                    until = heap[1][0]
+                if len(heap) > 2 and heap[2][0] < until:
+                    until = heap[2][0]
+                horizon[0] = until
                 ends[index] = ends_at = sends[index](now)
                 if len(members) >= many:
                     self._keep()
