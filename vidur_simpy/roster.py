@@ -50,13 +50,15 @@ class Expected:
 
     def made_from(self, first: int) -> Iterator[Request]:
         """Make each request from row `first` on when it is asked for."""
-        for request in self.table.iterate(first):
-            self._live[request.request_id] = request  # type: ignore[index]
-            yield request
+        return map(self._noted, self.table.iterate(first))
 
     def made(self, row: int) -> Request:
         """Make one request."""
-        return next(self.made_from(row))
+        return self._noted(self.table.request(row))
+
+    def _noted(self, request: Request) -> Request:
+        self._live[request.request_id] = request  # type: ignore[index]
+        return request
 
 
 class Roster:

@@ -212,8 +212,8 @@ Entry: TypeAlias = Cohort | Prompt | Member
 
 
 def gather(
-    running: list[Cohort | Prompt | Member], most: int, block_size: int
-) -> tuple[Cohort | None, list[Prompt], list[Cohort | Prompt | Member]]:
+    running: list[Entry], most: int, block_size: int
+) -> tuple[Cohort | None, list[Prompt], list[Entry]]:
     """Take the first decodes, at most so many, and the unfinished prompts met on the way.
 
     As `ContinuousBatching.take_decodes`; return what is left, too.
@@ -225,7 +225,7 @@ def gather(
             return first, [second], []
     cohort: Cohort | None = None
     prompts: list[Prompt] = []
-    left: list[Cohort | Prompt | Member] = []
+    left: list[Entry] = []
     room = most
     for entry in running:
         if not room:
@@ -248,9 +248,7 @@ def gather(
     return cohort, prompts, left
 
 
-def kept(
-    skipped: list[Prompt], left: list[Cohort | Prompt | Member]
-) -> list[Cohort | Prompt | Member]:
+def kept(skipped: list[Prompt], left: list[Entry]) -> list[Entry]:
     """Put what is for a later batch in order of arrival."""
     if not skipped and len(left) == 1:
         if isinstance(left[0], Cohort):

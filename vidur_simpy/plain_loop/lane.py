@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vidur_simpy.entities import Request
     from vidur_simpy.processes import Replica
 
-__all__ = ["END_ONLY", "STUCK", "Chunk", "Lane"]
+__all__ = ["END_ONLY", "STUCK", "Lane"]
 
 # What is sent to a lane instead of the present instant: end the batch under way, and wait, since
 # requests that arrive right now come before the next one is formed.
@@ -24,15 +24,6 @@ END_ONLY = -1.0
 
 # What a lane answers instead of the instant at which its batch ends: the processes have to go on.
 STUCK = -2.0
-
-
-class Chunk:
-    """A piece of a prompt, as execution-time models see it."""
-
-    __slots__ = ("context", "num_tokens")
-
-    def __init__(self) -> None:
-        self.num_tokens = self.context = 0
 
 
 class Lane(ABC):

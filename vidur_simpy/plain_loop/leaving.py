@@ -6,7 +6,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vidur_simpy.decode_set import DecodeSet
@@ -55,8 +54,8 @@ def leave(
     request_of: Callable[[int], Request],
     num_schedules: int,
     *,
+    restarts: Mapping[int, Restart],
     is_over: bool = False,
-    restarts: Mapping[int, Restart] = MappingProxyType({}),
 ) -> None:
     """Hand the requests of a replica over to its scheduler, and its batches to its stages.
 
@@ -70,10 +69,10 @@ def leave(
         Makes the request of a row of the workload, given by its number.
     num_schedules : int
         REPLICA_SCHEDULE events that are due now.
-    is_over : bool
-        Whether the ends of stages right now have happened; else they are still to come.
     restarts : mapping of int to Restart
         By row, of requests that were restarted.
+    is_over : bool
+        Whether the ends of stages right now have happened; else they are still to come.
     """
     scheduler: Any = replica.scheduler
 

@@ -207,7 +207,7 @@ class _Loop:
     def _is_refused(self, row: int) -> bool:
         """Ask the router about a request that may be too long; it says why."""
         self.router.num_received -= 1  # all are counted at the end
-        return not self.router.admits(next(self.requests.table.iterate(row)))
+        return not self.router.admits(self.requests.table.request(row))
 
     def _choice(self) -> Callable[[int], int]:
         """Return what chooses the replica, by number, of the request in a row."""
@@ -229,13 +229,7 @@ class _Loop:
         if getattr(route, "ignores_requests", False):
             return lambda row: route(None, numbers)
         # A shard's router, which looks at the request alone.
-        made = enumerate(self.requests.table.iterate())
-
-        def choose_for(row: int) -> int:
-            request = next(request for number, request in made if number == row)
-            return route(request, numbers)  # type: ignore[no-any-return]
-
-        return choose_for
+        return lambda row: route(self.requests.table.request(row), numbers)
 
 
 def _admitted_lengths(replica: Replica) -> tuple[int, int]:

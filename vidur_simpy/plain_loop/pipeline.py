@@ -13,8 +13,7 @@ from math import inf, nan
 from typing import Any, TypeAlias
 
 from vidur_simpy.entities import Batch
-from vidur_simpy.plain_loop.cohorts import Cohort, Prompt, gather, kept
-from vidur_simpy.plain_loop.completions import Member
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt, gather, kept
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.shortage import take_scarce
@@ -51,7 +50,7 @@ class PipelineLane(Lane):
         is_alike = getattr(stage_time, "is_alike_on_all_stages", False)
         numbers, factor = range(num_stages), float(num_stages)
 
-        running: list[Cohort | Prompt | Member] = []
+        running: list[Entry] = []
         under_way: list[UnderWay] = []  # few: a list is faster than a deque
         batch: Any = Batch()  # the one to be formed, again and again
         no_prompts: list[Prompt] = []

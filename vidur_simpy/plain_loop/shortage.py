@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, TypeAlias
 
-from vidur_simpy.plain_loop.cohorts import Cohort, Prompt
+from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Member
 
 __all__ = ["give_way", "take_scarce"]
 
-Entry: TypeAlias = Member | Prompt
+One: TypeAlias = Member | Prompt
 
 
 def give_way(
-    queue: deque[Entry], free: int, iteration: int, block_size: int, most: int
-) -> tuple[list[Prompt], list[Entry], int, int]:
+    queue: deque[One], free: int, iteration: int, block_size: int, most: int
+) -> tuple[list[Prompt], list[One], int, int]:
     """Let each request that decodes take its block, the last in order giving way for it.
 
     As `ContinuousBatching.take_decodes`, one request after the other.
@@ -43,7 +43,7 @@ def give_way(
         Blocks that are free in the end, and the fewest that were.
     """
     prefills: list[Prompt] = []
-    victims: list[Entry] = []
+    victims: list[One] = []
     least, num_decodes = free, 0
     while queue and num_decodes < most:
         entry = queue.popleft()
@@ -65,11 +65,11 @@ def give_way(
 
 
 def take_scarce(
-    running: list[Cohort | Prompt | Member], most: int, free: int, block_size: int
+    running: list[Entry], most: int, free: int, block_size: int
 ) -> tuple[
     Cohort | None,
     list[Prompt],
-    list[Cohort | Prompt | Member],
+    list[Entry],
     list[Prompt | Member],
     int,
     int,
@@ -130,7 +130,7 @@ def take_scarce(
     return cohort if cohort.members else None, reached, left, victims, free, least
 
 
-def _num_tokens_held(entry: Entry, iteration: int) -> int:
+def _num_tokens_held(entry: One, iteration: int) -> int:
     """Return the tokens with a slot between two batches; the newest of a decode has none yet."""
     if not isinstance(entry, tuple):
         return entry.row[1]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Row
-from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Chunk, Lane
+from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.shortage import give_way
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     pass
 
 __all__ = ["SingleStageLane"]
+
+
+class Chunk:
+    """A piece of a prompt, as execution-time models see it."""
+
+    __slots__ = ("context", "num_tokens")
+
+    def __init__(self) -> None:
+        self.num_tokens = self.context = 0
 
 
 class SingleStageLane(Lane):

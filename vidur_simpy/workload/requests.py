@@ -113,11 +113,25 @@ class RequestArrays:
             columns = (self.num_prefill_tokens, self.num_decode_tokens, self.arrived_at)
             numbers = zip(*(column[rows].tolist() for column in columns), strict=True)
             for index, (prefill, decode, arrived_at) in enumerate(numbers, start):
-                request = Request(prefill, decode, arrived_at, request_id=index)
-                for name in given:
-                    setattr(request, name, _plain(getattr(self, name)[index]))
-                request.hash_block_size = self.hash_block_size
-                yield request
+                yield self._made(index, prefill, decode, arrived_at, given)
+
+    def request(self, row: int) -> Request:
+        """Make the request of one row.
+
+        >>> RequestArrays([0.5], [100], [10]).request(0)
+        <Request 0: 0 of 100 + 10 tokens>
+        """
+        prefill, decode = int(self.num_prefill_tokens[row]), int(self.num_decode_tokens[row])
+        return self._made(row, prefill, decode, float(self.arrived_at[row]), self._optional())
+
+    def _made(
+        self, row: int, prefill: int, decode: int, arrived_at: float, given: list[str]
+    ) -> Request:
+        request = Request(prefill, decode, arrived_at, request_id=row)
+        for name in given:
+            setattr(request, name, _plain(getattr(self, name)[row]))
+        request.hash_block_size = self.hash_block_size
+        return request
 
     def cells(self, name: str) -> list[Any]:
         """Return an optional column as the requests have it."""
