@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isnan, nan
@@ -16,6 +17,7 @@ from vidur_simpy.kernel import Environment, EventType, TypedEvent
 from vidur_simpy.phase_log import PhaseLog
 from vidur_simpy.power import mean_power_w
 from vidur_simpy.record_columns import record_rows, recorded_columns
+from vidur_simpy.sums import Numbers
 
 if TYPE_CHECKING:
     from vidur_simpy.deployment import Deployment
@@ -64,11 +66,53 @@ class Timeline:
         """Append a row; return the instant from which the next is taken, in seconds."""
         self.rows.append((now, num_running, num_waiting, usage))
         if len(self.rows) >= self.capacity:
-            span = now - self.rows[0][0]
-            self._interval = max(2.0 * self._interval, 2.0 * span / self.capacity)
-            del self.rows[1::2]
+            self._thin(now)
         self.next_at = next_at = now + self._interval
         return next_at
+
+    def sample_run(
+        self,
+        instants: Numbers,
+        num_running: int,
+        num_waiting: int,
+        num_used_blocks: Numbers,
+        num_blocks: int,
+        arrivals: Sequence[float] = (),
+    ) -> None:
+        """Append the rows that are due of batches formed one after the other.
+
+        Parameters
+        ----------
+        instants : sequence of float
+            When they were formed, in seconds.
+        num_running, num_waiting : int
+            Requests, the latter before the `arrivals`.
+        num_used_blocks : sequence of int
+            Blocks in use once each batch was formed.
+        num_blocks : int
+            Blocks in all.
+        arrivals : sequence of float
+            When further requests came to wait, in seconds, in ascending order.
+        """
+        next_at = self.next_at
+        position, waiting = bisect_left(instants, next_at), num_waiting
+        while position < len(instants):
+            now = float(instants[position])
+            if arrivals:
+                waiting = num_waiting + bisect_right(arrivals, now)
+            usage = float(num_used_blocks[position]) / num_blocks
+            self.rows.append((now, num_running, waiting, usage))
+            if len(self.rows) >= self.capacity:
+                self._thin(now)
+            next_at = now + self._interval
+            position = bisect_left(instants, next_at, position + 1)
+        self.next_at = next_at
+
+    def _thin(self, now: float) -> None:
+        """Let every other row go, and take samples half as often."""
+        span = now - self.rows[0][0]
+        self._interval = max(2.0 * self._interval, 2.0 * span / self.capacity)
+        del self.rows[1::2]
 
 
 def replica_columns(

@@ -8,7 +8,6 @@ memory is freed and its requests are complete or wait for their next batch (BATC
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import simpy
@@ -385,12 +384,8 @@ class Replica:
         batch.num_attention_pairs += added
         batch.batch_index += num_steps
         batch.scheduled_at = float(ends[-1])
-        timeline = self.timeline
-        if ends[-1] >= timeline.next_at:
-            num_running, num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
-            num_blocks = self.pool.num_blocks
-            position = bisect_left(ends, timeline.next_at)
-            while position < num_steps:
-                usage = int(num_used_blocks[position]) / num_blocks
-                timeline.sample(float(ends[position]), num_running, num_waiting, usage)
-                position = bisect_left(ends, timeline.next_at, position + 1)
+        if ends[-1] >= self.timeline.next_at:
+            scheduler, num_blocks = self.scheduler, self.pool.num_blocks
+            self.timeline.sample_run(
+                ends, scheduler.num_running, scheduler.num_waiting, num_used_blocks, num_blocks
+            )

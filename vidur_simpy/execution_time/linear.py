@@ -80,7 +80,12 @@ class LinearStageTime:
         if num_iterations <= MANY:
             contexts = range(decode_context, last, num_decodes)
             return [(start + slope * context) / num_stages for context in contexts]
-        return (start + slope * np.arange(decode_context, last, num_decodes)) / num_stages
+        times = np.arange(float(decode_context), last, num_decodes)  # no cast, nothing copied
+        times *= slope
+        times += start
+        if num_stages != 1:
+            times /= num_stages
+        return times
 
     def operators(self, batch: BatchCounts, stage_id: int) -> dict[str, float]:
         """Return the seconds of a stage by term of the line; together they are its time."""

@@ -178,7 +178,7 @@ class _Loop:
                     ends[index] = nan
                     to_form.append(index)
                 elif runs[index].num_steps and lane.note_arrival(now):
-                    ends[index] = runs[index].ends[runs[index].num_steps - 1]
+                    ends[index] = runs[index].ends_at
                     heappush(heap, (ends[index], index))
                 lane.waiting.append(row)
                 lane.arrived_at = now

@@ -41,8 +41,8 @@ class DecodeRun:
     ----------
     num_steps : int
         Iterations that are to be taken.
-    ends : sequence of float
-        When each of them ends, in seconds.
+    ends_at : float
+        When the last of them ends, in seconds.
     arrivals : list of float
         When requests came meanwhile that have to wait, in seconds.
     under_way : (float, float)
@@ -52,13 +52,14 @@ class DecodeRun:
     __slots__ = (
         "_decode_times",
         "_durations",
+        "_ends",
         "_limit",
         "_num_blocks",
         "_state",
         "_sums",
         "_timeline",
         "arrivals",
-        "ends",
+        "ends_at",
         "num_steps",
         "under_way",
     )
@@ -69,8 +70,9 @@ class DecodeRun:
         self._num_blocks = replica.pool.num_blocks
         self._timeline = replica.timeline
         self._limit = SHORTEST_RUN
+        self._ends: Numbers = ()
         self.num_steps = 0
-        self.ends: list[float] = []
+        self.ends_at = inf
         self.arrivals: list[float] = []
         self.under_way = (0.0, 0.0)
 
@@ -85,31 +87,35 @@ class DecodeRun:
         except Exception:  # which stepping runs into, too, in time
             return False
         sums: tuple[list[float], ...] | NDArray[np.float64]
+        ends: Numbers
         if isinstance(durations, np.ndarray):
             sums = np.empty((3, num_steps + 1))
             sums[:, 0] = now, executed, busy
             sums[:, 1:] = durations
             sums = np.add.accumulate(sums, axis=1)
-            ends = sums[0, 1:].tolist()
-            shortest = np.minimum.reduce(durations)
+            ends = sums[0, 1:]
+            shortest = durations[durations.argmin()]  # faster than min()
         else:
             sums = tuple(
                 list(accumulate(durations, initial=start)) for start in (now, executed, busy)
             )
             ends = sums[0][1:]
             shortest = min(durations)
-        if not (shortest >= 0.0 and ends[-1] < inf):
+        ends_at = float(ends[-1])
+        if not (shortest >= 0.0 and ends_at < inf):
             return False  # stepping says what is wrong
-        self._durations, self._sums, self._state = durations, sums, state
-        self.ends, self.num_steps = ends, num_steps
+        self._durations, self._ends, self._sums, self._state = durations, ends, sums, state
+        self.ends_at, self.num_steps = ends_at, num_steps
         self.arrivals.clear()
         return True
 
     def cut(self, now: float) -> None:
         """Let it end with the iteration that is under way at `now` (seconds)."""
-        num_steps = 1 + bisect_left(self.ends, now, 0, self.num_steps - 1)
+        num_steps = 1 + bisect_left(self._ends, now, 0, self.num_steps - 1)
         self._limit = max(SHORTEST_RUN, 2 * num_steps)
-        self.num_steps = num_steps
+        if num_steps < self.num_steps:
+            self.ends_at = float(self._ends[num_steps - 1])
+            self.num_steps = num_steps
 
     def end(self, num_steps: int, usage: float) -> tuple[int, float, float, float]:
         """Take so many of its iterations.
@@ -127,7 +133,7 @@ class DecodeRun:
             self._limit = min(2 * num_steps, LONGEST_RUN)
         self.num_steps = 0
         _, _, iteration, _, _, phases, used_before, _, _ = self._state
-        sums, ends = self._sums, self.ends
+        sums, ends = self._sums, self._ends
         used: Numbers
         if isinstance(sums, np.ndarray):
             times = sums[0]
@@ -150,7 +156,15 @@ class DecodeRun:
                 start = end
             executed, busy = sums[1][num_steps], sums[2][num_steps]
         if num_steps > 1 and ends[num_steps - 2] >= self._timeline.next_at:
-            self._sample(num_steps - 1, used)
+            *_, num_running, num_waiting = self._state
+            self._timeline.sample_run(
+                ends[: num_steps - 1],
+                num_running,
+                num_waiting,
+                used[2:],
+                self._num_blocks,
+                self.arrivals,
+            )
         return int(used[num_steps]) - used_before, executed, busy, usage
 
     def stop(self, now: float, usage: float) -> tuple[int, int, float, float, float]:
@@ -163,7 +177,7 @@ class DecodeRun:
         num_blocks, executed, busy, usage
             As of `end`, with the blocks of the next one.
         """
-        num_ended = bisect_left(self.ends, now, 0, self.num_steps - 1)
+        num_ended = bisect_left(self._ends, now, 0, self.num_steps - 1)
         _, _, iteration, executed, busy, phases, used, num_running, _ = self._state
         started_at = float(self._sums[0][num_ended])
         self.under_way = (started_at, float(self._durations[num_ended]))
@@ -173,27 +187,9 @@ class DecodeRun:
             num_blocks += phases[(iteration + num_ended) % len(phases)]
             if started_at >= self._timeline.next_at:
                 in_use = (used + num_blocks) / self._num_blocks
-                num_waiting = self._num_waiting_at(started_at)
+                num_waiting = self._state[-1] + bisect_right(self.arrivals, started_at)
                 self._timeline.sample(started_at, num_running, num_waiting, in_use)
         return num_ended, num_blocks, executed, busy, usage
-
-    def _num_waiting_at(self, now: float) -> int:
-        """Return the requests that waited at the instant `now`, in seconds."""
-        return self._state[-1] + bisect_right(self.arrivals, now)
-
-    def _sample(self, num_ends: int, used: Numbers) -> None:
-        """Take the samples that are due when the iterations after the first one are formed."""
-        timeline, ends, num_blocks = self._timeline, self.ends, self._num_blocks
-        *_, num_running, num_waiting = self._state
-        first = bisect_left(ends, timeline.next_at, 0, num_ends)
-        while first < num_ends:
-            now = ends[first]
-            if self.arrivals:
-                num_waiting = self._num_waiting_at(now)
-            next_at = timeline.sample(
-                now, num_running, num_waiting, int(used[first + 2]) / num_blocks
-            )
-            first = bisect_left(ends, next_at, first + 1, num_ends)
 
 
 @cache

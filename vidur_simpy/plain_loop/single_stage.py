@@ -300,7 +300,7 @@ class SingleStageLane(Lane):
                     )
                     is_planned = run.plan(now, num_steps, state)
                 if is_planned:
-                    ends_at = run.ends[run.num_steps - 1]
+                    ends_at = run.ends_at
                 else:
                     duration = nan
                     try:
