@@ -136,22 +136,20 @@ class DecodeRun:
         sums, ends = self._sums, self._ends
         used: Numbers
         if isinstance(sums, np.ndarray):
-            times = sums[0]
-            first = (iteration + 1) % len(phases)
-            used = np.empty(num_steps + 1)
-            used[0], used[1] = 0.0, used_before
-            used[2:] = np.array(phases)[_rounds(len(phases))[first : first + num_steps - 1]]
+            first = iteration % len(phases)
+            used = np.array(phases)[_rounds(len(phases))[first : first + num_steps]]
+            used[0] = used_before
             used = np.add.accumulate(used)
-            held = np.empty(num_steps + 1)
-            held[0] = usage
-            np.multiply(used[1:], times[1 : num_steps + 1] - times[:num_steps], out=held[1:])
+            times = sums[0, : num_steps + 1]
+            held = used * (times[1:] - times[:-1])
+            held[0] += usage
             usage = float(np.add.accumulate(held)[-1])
             _, executed, busy = sums[:, num_steps].tolist()
         else:
             needed = repeated(phases, iteration + 1, num_steps - 1)
-            used = [0, *accumulate(needed, initial=used_before)]
+            used = list(accumulate(needed, initial=used_before))
             start = sums[0][0]
-            for end, blocks in zip(ends[:num_steps], used[1:], strict=True):
+            for end, blocks in zip(ends[:num_steps], used, strict=True):
                 usage += blocks * (end - start)
                 start = end
             executed, busy = sums[1][num_steps], sums[2][num_steps]
@@ -161,11 +159,11 @@ class DecodeRun:
                 ends[: num_steps - 1],
                 num_running,
                 num_waiting,
-                used[2:],
+                used[1:],
                 self._num_blocks,
                 self.arrivals,
             )
-        return int(used[num_steps]) - used_before, executed, busy, usage
+        return int(used[-1]) - used_before, executed, busy, usage
 
     def stop(self, now: float, usage: float) -> tuple[int, int, float, float, float]:
         """Take the iterations that ended before `now`, and forget about those after the next.
