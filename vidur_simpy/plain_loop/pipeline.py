@@ -7,13 +7,14 @@ the end of its first stage, when the next may be formed, and its end.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import accumulate, chain, repeat
 from math import inf, nan
 from typing import Any, TypeAlias
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt, gather, kept
+from vidur_simpy.plain_loop.completions import Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
 from vidur_simpy.plain_loop.shortage import take_scarce
@@ -266,7 +267,7 @@ class PipelineLane(Lane):
                                 *_, executed = accumulate(repeat(duration, num_stages))
                         else:
                             try:
-                                durations = tuple([stage_time(batch, stage) for stage in numbers])
+                                durations = tuple(map(stage_time, repeat(batch), numbers))
                             except Exception:  # which the stage runs into, too
                                 durations = (nan,) * num_stages
                             shortest, executed = min(durations), 0.0
@@ -312,23 +313,11 @@ class PipelineLane(Lane):
                 under_way.append((nan, cohort, taken, now, [nan], nan, (), nan))
             is_over = now == env._now
             now = env._now
-            batches = []
-            for _, cohort, taken, formed_at, free_after, duration, durations, _ in under_way:
-                if cohort is not None:
-                    num_decodes = len(cohort.members)
-                    num_decode_tokens -= num_decodes
-                    num_context -= cohort.processed
-                    cohort.iteration -= 1
-                    cohort.processed -= num_decodes
-                for prompt in taken:
-                    num_prefill_tokens -= prompt.num_tokens
-                    num_context -= prompt.context
-                    num_pairs -= prompt.num_pairs() - prompt.context
-                times = durations or (duration,) * num_stages
-                batches.append(
-                    BatchUnderWay(cohort, taken, formed_at, free_after, stage_ends, times)
-                )
-                stage_ends = free_after
+            batches, counted = _left_half_way(under_way, stage_ends)
+            num_prefill_tokens -= counted[0]
+            num_decode_tokens -= counted[1]
+            num_context -= counted[2]
+            num_pairs -= counted[3]
             for each, time in zip(
                 stages, [busy_time] * num_stages if is_alike else busy, strict=True
             ):
@@ -347,14 +336,8 @@ class PipelineLane(Lane):
             )
             num_schedules = 0
             if first_free_at <= now and not is_full:
-                num_schedules = sum(at == now for at in (ended_at, first_free_at, self.arrived_at))
-            live = [row[0] for row in waiting]
-            for entry in chain(running, *((each[1], *each[2]) for each in under_way)):
-                if isinstance(entry, Cohort):
-                    live += entry.members
-                elif entry is not None:
-                    live.append(entry.row[0] if isinstance(entry, Prompt) else entry[0])
-            replica.num_restarts = self._num_restarts(live)
+                num_schedules = (ended_at, first_free_at, self.arrived_at).count(now)
+            replica.num_restarts = self._num_restarts(_rows_of(waiting, running, under_way))
             leave(
                 replica,
                 waiting,
@@ -365,3 +348,43 @@ class PipelineLane(Lane):
                 is_over=is_over,
                 restarts=restarts,
             )
+
+
+def _left_half_way(
+    under_way: list[UnderWay], ends_before: list[float]
+) -> tuple[list[BatchUnderWay], tuple[int, int, int, int]]:
+    """Return the batches in the pipeline, as the processes go on with them.
+
+    Nothing of them counts before their ends. So return, too, what was counted when they were
+    formed: prompt tokens, decodes, tokens of context, and pairs beyond these.
+    """
+    num_prefill_tokens = num_decodes = num_context = num_pairs = 0
+    batches, num_stages = [], len(ends_before)
+    for _, cohort, taken, formed_at, ends, duration, durations, _ in under_way:
+        if cohort is not None:
+            size = len(cohort.members)
+            num_decodes += size
+            num_context += cohort.processed
+            cohort.iteration -= 1
+            cohort.processed -= size
+        for prompt in taken:
+            num_prefill_tokens += prompt.num_tokens
+            num_context += prompt.context
+            num_pairs += prompt.num_pairs() - prompt.context
+        times = durations or (duration,) * num_stages
+        batches.append(BatchUnderWay(cohort, taken, formed_at, ends, ends_before, times))
+        ends_before = ends
+    return batches, (num_prefill_tokens, num_decodes, num_context, num_pairs)
+
+
+def _rows_of(
+    waiting: Iterable[Row], running: list[Entry], under_way: list[UnderWay]
+) -> Iterator[int]:
+    """Yield the rows of all requests that are not complete."""
+    for row in waiting:
+        yield row[0]
+    for entry in chain(running, *((each[1], *each[2]) for each in under_way)):
+        if isinstance(entry, Cohort):
+            yield from entry.members
+        elif entry is not None:
+            yield entry.row[0] if isinstance(entry, Prompt) else entry[0]

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Member
 
-__all__ = ["give_way", "take_scarce"]
+__all__ = ["leave_scarce", "take_scarce"]
 
 One: TypeAlias = Member | Prompt
 
 
-def give_way(
+def _give_way(
     queue: deque[One], free: int, iteration: int, block_size: int, most: int
 ) -> tuple[list[Prompt], list[One], int, int]:
     """Let each request that decodes take its block, the last in order giving way for it.
@@ -62,6 +62,38 @@ def give_way(
             least = min(least, free)
             num_decodes += 1
     return prefills, victims, free, least
+
+
+def leave_scarce(
+    cohort: Cohort, prompt: Prompt | None, position: int, free: int, most: int
+) -> tuple[list[One], int, int]:
+    """Let the last requests leave a cohort, or give up their prompt, for the blocks of the others.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    prompt : Prompt or None
+        The one that goes on, if there is one.
+    position : int
+        How many decodes stand ahead of it.
+    free : int
+        Blocks that nobody holds.
+    most : int
+        Most decodes of a batch.
+
+    Returns
+    -------
+    victims : list of Member and Prompt
+        In the order in which they gave way.
+    free, least : int
+        Blocks that are free in the end, and the fewest that were.
+    """
+    queue: deque[One] = deque(cohort.members.values())
+    if prompt is not None:
+        queue.insert(position, prompt)
+    _, victims, free, least = _give_way(queue, free, cohort.iteration, len(cohort.phases), most)
+    left = [cohort.leave(each) if isinstance(each, tuple) else each for each in victims]
+    return left, free, least
 
 
 def take_scarce(
@@ -124,7 +156,7 @@ def take_scarce(
         queue.insert(position, prompt)
     reached: Any
     victims: Any
-    reached, victims, free, least = give_way(queue, free, cohort.iteration, block_size, most)
+    reached, victims, free, least = _give_way(queue, free, cohort.iteration, block_size, most)
     victims = [cohort.leave(each) if isinstance(each, tuple) else each for each in victims]
     left: list[Any] = [cohort.leave(each) if isinstance(each, tuple) else each for each in queue]
     return cohort if cohort.members else None, reached, left, victims, free, least

@@ -7,22 +7,18 @@ touched until then.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
 from heapq import heappop, heappush
 from math import inf, isnan, nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidur_simpy.entities import Batch
 from vidur_simpy.plain_loop.cohorts import Cohort, Entry, Prompt
 from vidur_simpy.plain_loop.completions import Row
 from vidur_simpy.plain_loop.lane import END_ONLY, STUCK, Lane
 from vidur_simpy.plain_loop.leaving import BatchUnderWay, leave
-from vidur_simpy.plain_loop.shortage import give_way
+from vidur_simpy.plain_loop.shortage import leave_scarce
 from vidur_simpy.replica_scheduler.sarathi import SarathiScheduler
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["SingleStageLane"]
 
@@ -189,22 +185,18 @@ class SingleStageLane(Lane):
                         is_short = True
                         cohort.iteration, cohort.processed = iteration, processed
                         cohort.execution_time, cohort.last_end = executed, last_end
-                        admitted: deque[Any] = deque(decoding.values())
+                        partly = None
                         if is_partial:
-                            entry = Prompt(partial, scheduled_at, done).with_times(
+                            partly = Prompt(partial, scheduled_at, done).with_times(
                                 spent, gap, since
                             )
-                            admitted.insert(0 if is_partial_skipped else size, entry)
-                        _, victims, free, fewest = give_way(
-                            admitted, free, iteration, block_size, max_batch_size
+                        position = 0 if is_partial_skipped else size
+                        victims, free, fewest = leave_scarce(
+                            cohort, partly, position, free, max_batch_size
                         )
+                        waiting.extendleft(map(self._restart, victims))
+                        is_partial = is_partial and partly not in victims
                         least = min(least, fewest)
-                        for victim in victims:
-                            if isinstance(victim, tuple):
-                                victim = cohort.leave(victim)
-                            else:
-                                is_partial = False
-                            waiting.appendleft(self._restart(victim))
                         processed = cohort.processed
                         num_decodes = size = len(decoding)
                     context = processed + size
@@ -344,11 +336,7 @@ class SingleStageLane(Lane):
                 prefills = list(whole)
                 if is_partial_taken:
                     prefills.append((partial, scheduled_at, spent, gap))
-                taken = []
-                for (row, at, before, waited), chunk in zip(prefills, chunks, strict=True):
-                    piece = Prompt(row, at, chunk.num_tokens)
-                    piece.context = chunk.context
-                    taken.append(piece.with_times(before, waited, started_at))
+                taken = _pieces(prefills, chunks, started_at)
                 end = started_at + duration
                 in_batch = cohort if num_decodes else None
                 batches = [
@@ -389,3 +377,15 @@ class SingleStageLane(Lane):
         return left >= pool.num_watermark_blocks or (
             row[0] in self._restarts and free == pool.num_blocks
         )
+
+
+def _pieces(
+    prefills: list[tuple[Row, float, float, float]], chunks: list[Chunk], started_at: float
+) -> list[Prompt]:
+    """Return the prompts of the batch under way, whose last stage ended as it was formed."""
+    taken = []
+    for (row, at, before, waited), chunk in zip(prefills, chunks, strict=True):
+        piece = Prompt(row, at, chunk.num_tokens)
+        piece.context = chunk.context
+        taken.append(piece.with_times(before, waited, started_at))
+    return taken
