@@ -225,6 +225,11 @@ def test_numbers_are_finite_and_in_range(place, value):
         ("until=.nan", "until = nan: expected an instant in seconds, after 0."),
         ("until=.inf", "until = inf: expected an instant in seconds, after 0."),
         ("until=noon", "until = 'noon': expected an instant in seconds, after 0."),
+        ("until=true", "until = True: expected an instant in seconds, after 0."),
+        (
+            "cluster.execution_time={type: profile, path: nowhere}",
+            "cluster: nowhere: there is no such folder.",
+        ),
         ("event_order=5", "unknown event_order 5: Known: id, type."),
     ],
 )  # fmt: skip

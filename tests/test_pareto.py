@@ -132,6 +132,22 @@ def test_of_equally_cheap_ones_the_one_with_most_room_is_recommended(cluster, wo
     assert "as good as row 2, but further from its limits" in found.notes
 
 
+def test_objects_of_the_users_own_are_told_by_name(cluster, workload):
+    """Not by where they lie in memory, which is elsewhere in the next run."""
+
+    class Halved:
+        """Half of the usual time."""
+
+        def __call__(self, batch, stage_id):
+            return 0.5 * vs.Linear().base
+
+    grid = {"cluster.execution_time": [Halved()]}
+    options = {"price_per_gpu_hour": 1.0, "max_replications": 1}
+    found = vs.recommend(cluster, workload, {"ttft:p50": 5.0}, grid, **options)
+    assert found.table["cluster.execution_time"].to_list()[0].endswith("Halved")
+    assert " object at " not in repr(found)
+
+
 def test_what_is_known_without_a_run_is_sure(cluster, workload):
     """One run leaves no interval of a figure, but a price has none."""
     grid = {"cluster.num_replicas": [3, 4]}

@@ -44,6 +44,14 @@ def test_the_example_policies_make_a_cluster_that_runs(namespace: dict[str, Any]
     assert vs.simulate(namespace["cluster"], workload).figures["completed"] == 20
 
 
+def test_the_map_has_every_room() -> None:
+    """A file or folder of the package that is not on the map is hard to find."""
+    shown = README.read_text(encoding="utf-8").split("## What is where")[1].split("## Licence")[0]
+    package = Path(vs.__file__).parent
+    rooms = [path.name for path in package.iterdir() if not path.name.startswith(("_", "."))]
+    assert [name for name in rooms if name not in shown and name != "py.typed"] == []
+
+
 def test_every_configuration_is_sound() -> None:
     """Each file in configs/ makes a cluster and a workload."""
     folder = README.parent / "configs"

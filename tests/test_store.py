@@ -253,7 +253,7 @@ def test_a_worker_that_does_not_see_the_store_hands_its_figures_over(tmp_path, r
 def test_equal_configurations_have_one_name(run, tmp_path):
     """However they were written; any difference gives another."""
     name = key_of(run.described())
-    other = Run(vs.Cluster(**vs.load_config({"cluster": {}}).get("none", {})), run.workload)
+    other = Run(vs.Cluster(), run.workload)
     changed = [
         Run(run.cluster, run.workload, seed=1),
         Run(run.cluster, run.workload, until=5.0),
@@ -264,7 +264,8 @@ def test_equal_configurations_have_one_name(run, tmp_path):
     ]
     names = [key_of(each.described()) for each in changed]
     assert len({name, *names}) == 7
-    same = Run(run.cluster, run.workload, seed=np.int64(0).item(), slo={})
+    written = {"max_model_len": 4096, "execution_time": "linear"}
+    same = Run(vs.load_config({"cluster": written})["cluster"], run.workload, slo={})
     assert key_of(same.described()) == name
 
 
@@ -278,6 +279,17 @@ def test_the_content_of_a_trace_is_part_of_the_name(tmp_path, run):
         path.write_text(content)
         names.append(key_of(Run(run.cluster, vs.Trace(path)).described()))
     assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize("setting", ["path", "network", "cpu_overheads"])
+def test_the_content_of_a_profile_is_part_of_the_name(tmp_path, run, setting):
+    """Of each of its folders: measured anew, they give other times."""
+    described = dict(run.described())
+    described["cluster"] = {"execution_time": {"type": "profile", setting: str(tmp_path)}}
+    (tmp_path / "measured.csv").write_text("time\n1.0\n")
+    name = key_of(described)
+    (tmp_path / "measured.csv").write_text("time\n1.25\n")
+    assert key_of(described) != name
 
 
 def test_the_version_is_part_of_the_name(run, monkeypatch):

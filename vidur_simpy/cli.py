@@ -61,7 +61,7 @@ def commands() -> None:
 @click.option(
     "--record",
     multiple=True,
-    help="Also keep batches, stages, events or tokens; may be given several times.",
+    help="Also keep batches, stages, events, tokens, operators or phases; several times.",
 )
 @click.option(
     "--record-to",

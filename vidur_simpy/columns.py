@@ -70,7 +70,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "replica_id": ("", "replica"),
         "num_requests": ("", "requests routed to it"),
         "num_batches": ("", "batches it has completed"),
-        "num_restarts": ("", "preemptions by recomputation"),
+        "num_restarts": ("", "preemptions by recomputation of its completed requests"),
         "num_prefill_tokens": ("tokens", "prompt tokens processed, recomputation included"),
         "num_decode_tokens": ("tokens", "decode tokens processed"),
         "num_blocks": ("", "KV-cache blocks per pipeline stage"),

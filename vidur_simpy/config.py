@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from vidur_simpy.cluster import Cluster
-from vidur_simpy.errors import CapacityError, ConfigError, TraceError, VidurError, unknown_name
+from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 from vidur_simpy.execution_time import EXECUTION_TIMES, RooflineFactors
 from vidur_simpy.global_scheduler import GLOBAL_SCHEDULERS
 from vidur_simpy.kv_cache import KVCache
@@ -165,7 +165,7 @@ def _arguments(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "workload" in arguments:
         arguments["workload"] = _value("workload", arguments["workload"], "workload", folder)
     until = arguments.get("until", 1.0)
-    if not (isinstance(until, (int, float)) and 0 < until < inf):
+    if isinstance(until, bool) or not (isinstance(until, (int, float)) and 0 < until < inf):
         raise ConfigError(f"until = {until!r}: expected an instant in seconds, after 0.")
     return arguments
 
@@ -272,7 +272,7 @@ def _build(cls: type, settings: Any, place: str, folder: Path) -> Any:
     values = {key: _value(key, value, f"{place}.{key}", folder) for key, value in settings.items()}
     try:
         return cls(**values)
-    except (ConfigError, CapacityError, TraceError) as error:
+    except VidurError as error:
         message = str(error).replace(f"{cls.__name__}.", f"{place}.")
         message = message if place in message else f"{place}: {message}"
         raise type(error)(message) from None

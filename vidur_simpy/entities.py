@@ -46,6 +46,21 @@ class Request:
         Prompt and output together.
     num_processed_tokens : int
         Tokens whose step is done, the free token of a finished prefill included.
+    replica_id : int or None
+        Where it was routed.
+    scheduled_at, first_token_at, completed_at : float or None
+        Instants in seconds; None until they happen.
+    num_restarts : int
+        Preemptions so far.
+    is_prefill_complete : bool
+        Whether its prompt is computed, and it decodes.
+    decode_set : SharedSteps or None
+        What it steps with while it decodes.
+    execution_time, preempted_time : float
+        Seconds in batches, and between them, up to when it joined its `decode_set`; of one that
+        decodes ask ``request.decode_set.times_of(request)``.
+    last_stage_end : float or None
+        End of its last stage in seconds, likewise.
     prefill_target : int
         Tokens the present prefill has to compute: the prompt, and after a restart also the
         output that was lost.

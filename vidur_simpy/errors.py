@@ -7,6 +7,8 @@
     ├── CapacityError (a ValueError)  a model or a request that does not fit its memory
     ├── ProfileError                  an execution-time model asked for what it does not know
     ├── TraceError (a ValueError)     a trace file that is missing, empty or has an unusable row
+    ├── NotAvailableError             a table that was not recorded (`vidur_simpy.result`)
+    ├── DamagedEntryError             an entry of a store that cannot be read (`search.store`)
     └── SimulationError               a run that cannot go on; ``result`` keeps what was computed
 
 Catch :class:`VidurError` to catch them all. Every message names the place, the value, what was

@@ -54,6 +54,15 @@ class Environment(simpy.Environment):
         ``"type"``: simultaneous events by ``(event_type, event_id)``, as Vidur documents it.
         ``"id"``: by ``event_id`` alone, as Vidur really does; for parity with its recorded runs.
 
+    Attributes
+    ----------
+    is_unobserved : bool
+        Whether events may be left out: nobody listens, and their order is by type.
+    is_interrupted : bool
+        Whether a ctrl-C ends the run after the present event.
+    shortcuts : dict of Shortcut to None
+        What stands for several events at once, to be told before somebody looks or listens.
+
     Examples
     --------
     >>> env = Environment()
@@ -70,15 +79,13 @@ class Environment(simpy.Environment):
         if event_order not in ("type", "id"):
             raise unknown_name("event_order", event_order, ["type", "id"])
         self.event_order = event_order
-        # Whether events may be left out: nobody listens, and their order is by type.
         self.is_unobserved = event_order == "type"
         # Those of a type are known to all its signals: always one and the same list.
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {
             event_type: [] for event_type in EventType
         }
         self._arrival_ids = count(_FIRST_ARRIVAL_ID)
-        self.is_interrupted = False  # by a ctrl-C, which ends the run after the present event
-        # What stands for several events at once, to be told before somebody looks or listens.
+        self.is_interrupted = False
         self.shortcuts: dict[Shortcut, None] = {}
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
         for name, bound_class in simpy.Environment.__dict__.items():
@@ -116,9 +123,17 @@ class Environment(simpy.Environment):
         Its `value` is what the event is about.
 
         ``timeout(time - now)`` would happen at ``now + (time - now)``, which is another number.
+
+        Raises
+        ------
+        ConfigError
+            If `time` lies before the present, or is no number.
         """
         if not time >= self._now:
-            raise ValueError(f"an event at {time} s lies before the present, {self._now} s")
+            raise ConfigError(
+                f"time = {time!r}: expected an instant in seconds that is not before the present, "
+                f"{self._now} s."
+            )
         return Signal(self, event_type).at(time, value)
 
     def cancel(self, event: Event) -> None:

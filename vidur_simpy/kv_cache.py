@@ -50,6 +50,8 @@ class BlockPool:
     ----------
     num_free : int
         Blocks nobody holds.
+    num_free_least : int
+        The fewest that were free so far.
     num_watermark_blocks : int
         ``int(watermark * num_blocks)``.
 

@@ -148,14 +148,21 @@ class Replica:
     Attributes
     ----------
     replica_id : int
+    num_stages : int
     stages : list of Stage
     scheduler : ReplicaScheduler
     pool : BlockPool
+    timeline : Timeline
+        Its load so far.
+    plans_ahead : bool
+        Whether the next batch queues at the first stage while that is taken.
     num_running_batches : int
         Batches between their formation and their BATCH_END; at most one per stage, unless the
         scheduler has `max_running_batches`.
     num_outstanding : int
         Requests routed here that are not complete.
+    num_batches_formed : int
+        The `batch_index` of the next.
     num_requests, num_batches, num_restarts, num_prefill_tokens, num_decode_tokens : int
         What it has done so far: requests routed, batches ended, preemptions of its completed
         requests, tokens processed.

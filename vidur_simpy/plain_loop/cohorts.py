@@ -52,7 +52,9 @@ class Prompt:
     def take_up(self, restart: Restart) -> None:
         """Go on with the times of a request that was restarted."""
         self.scheduled_at = restart.scheduled_at
-        self.with_times(*restart[2:5])
+        self.execution_time = restart.execution_time
+        self.preempted_time = restart.preempted_time
+        self.last_stage_end = restart.last_stage_end
 
     def num_pairs(self) -> int:
         """Return how many tokens those of the piece see, summed over them."""

@@ -82,9 +82,12 @@ def leave(
         if row[0] in restarts:
             restart = restarts[row[0]]
             request.prefill_target = row[1]
-            request.scheduled_at, request.first_token_at = restart[:2]
-            request.execution_time, request.preempted_time = restart[2:4]
-            request.last_stage_end, request.num_restarts = restart[4:]
+            request.scheduled_at = restart.scheduled_at
+            request.first_token_at = restart.first_token_at
+            request.execution_time = restart.execution_time
+            request.preempted_time = restart.preempted_time
+            request.last_stage_end = restart.last_stage_end
+            request.num_restarts = restart.num_restarts
         return request
 
     def running_one(row: Row | Member) -> Request:

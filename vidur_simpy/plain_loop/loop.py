@@ -31,6 +31,9 @@ _ON_ONE_STAGE, _IN_PIPELINES = (SarathiScheduler, VllmScheduler), (SarathiSchedu
 # Completed requests are taken away as columns when there are so many.
 _FEW, _MANY = 128, 4_096
 
+# Arrivals that are Python numbers at a time.
+_ROWS_AT_A_TIME = 4_096
+
 
 class ExpectedRequests(Protocol):
     """The requests of a workload, made when they are asked for."""
@@ -77,6 +80,7 @@ def _knows(replica: Replica) -> bool:
         and type(scheduler.waiting) is WaitingQueue
         and not scheduler.resources.sequence_pipeline_parallel
         and hasattr(stage_time, "decode_times")
+        # A model of the user's may look at more of a batch than its counts: here is nothing more.
         and str(stage_time.__module__).startswith("vidur_simpy.")
     )
 
@@ -194,8 +198,8 @@ class _Loop:
         """Each instant of arrival with its row; those that may be too long have ``~row``."""
         table = self.requests.table
         longest_prompt, longest = _admitted_lengths(self.router.replicas[0])
-        for first in range(0, len(table), _MANY):
-            rows = slice(first, first + _MANY)
+        for first in range(0, len(table), _ROWS_AT_A_TIME):
+            rows = slice(first, first + _ROWS_AT_A_TIME)
             prompts, outputs = table.num_prefill_tokens[rows], table.num_decode_tokens[rows]
             numbers = np.arange(first, first + len(prompts))
             is_long = (prompts > longest_prompt) | (prompts + outputs > longest)

@@ -294,7 +294,6 @@ class SingleStageLane(Lane):
                 if is_planned:
                     ends_at = run.ends_at
                 else:
-                    duration = nan
                     try:
                         duration = stage_time(batch, 0)
                     except Exception:  # which the stage runs into, too

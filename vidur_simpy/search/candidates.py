@@ -13,6 +13,7 @@ import numpy as np
 from vidur_simpy.search.grid import Point
 from vidur_simpy.search.narrowing import Rank
 from vidur_simpy.search.observations import Observation
+from vidur_simpy.search.run_tables import cell
 from vidur_simpy.search.scaling import num_requests_of, with_share
 from vidur_simpy.search.slo import Slo, Verdict
 from vidur_simpy.search.store import Store
@@ -234,7 +235,7 @@ class Candidates:
 
     def _row(self, index: int) -> dict[str, Any]:
         point, trial = self.points[index], self.trials.get(index)
-        row: dict[str, Any] = {name: _cell(point.setting(name)) for name in point.settings}
+        row: dict[str, Any] = {name: cell(point.setting(name)) for name in point.settings}
         row["num_devices"] = None if index in self.errors else point.cluster.num_devices
         row |= {"verdict": "", "num_runs": 0, "error": self.errors.get(index, "")}
         if trial is None:
@@ -245,10 +246,3 @@ class Candidates:
         figures = [self._figures(index, each) for each in trial.observations]
         means = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
         return row | {name: value for name, value in means.items() if name not in row}
-
-
-def _cell(value: Any) -> Any:
-    """Return a setting as a table shows it: numbers and texts as they are, objects as code."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return getattr(value, "__qualname__", None) or repr(value)

@@ -14,6 +14,7 @@ from vidur_simpy.search.candidates import Candidates
 from vidur_simpy.search.fronts import pareto
 from vidur_simpy.search.grid import Grid, Point, points_of
 from vidur_simpy.search.narrowing import NUM_FINALISTS, least_share, proposed, successive_halving
+from vidur_simpy.search.run_tables import cell
 from vidur_simpy.search.runs import Run, replication_seeds, warn_of_nameless
 from vidur_simpy.search.scaling import has_rate, is_random
 from vidur_simpy.search.search_plots import plot_front
@@ -123,7 +124,7 @@ class Recommendation:
         if self.best is None:
             return f"<Recommendation under {self.slo!r}: none; {runs}{notes}>"
         value = digits(float(self.table[self.objective].iloc[self.best]))
-        settings = ", ".join(f"{name}={_told(value)}" for name, value in self.settings.items())
+        settings = ", ".join(f"{name}={cell(value)}" for name, value in self.settings.items())
         return (
             f"<Recommendation under {self.slo!r}: {settings or 'as given'}, {self.objective} "
             f"{value}; {runs}{notes}>"
@@ -391,7 +392,3 @@ def _price(point: Point, given: float | Mapping[str, float] | None) -> float:
     if isinstance(price, bool) or not (isinstance(price, int | float) and 0 <= price < math.inf):
         raise ConfigError(f"price_per_gpu_hour = {given!r}: expected numbers >= 0.")
     return float(price)
-
-
-def _told(value: Any) -> str:
-    return getattr(value, "__qualname__", None) or str(value)

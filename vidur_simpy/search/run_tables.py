@@ -12,7 +12,17 @@ from vidur_simpy.search.runs import figures_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["run_table"]
+__all__ = ["cell", "run_table"]
+
+
+def cell(value: Any) -> Any:
+    """Return a setting as a table shows it: numbers and texts as they are, objects as code."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    # An address in memory would differ from run to run.
+    kind: Any = type(value)
+    named = kind if kind.__repr__ is object.__repr__ else value
+    return str(getattr(named, "__qualname__", None) or repr(value))
 
 
 def run_table(where: str, runs: Any, slo: Mapping[str, float] | None = None) -> pd.DataFrame:

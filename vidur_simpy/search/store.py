@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vidur_simpy
-from vidur_simpy.config import PYTHON
+from vidur_simpy.config import PATHS, PYTHON
 from vidur_simpy.errors import VidurError
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _with_files(described: Any, key: str = "") -> Any:
         return {str(name): _with_files(item, str(name)) for name, item in described.items()}
     if isinstance(described, list):
         return [_with_files(item, key) for item in described]
-    is_path = isinstance(described, str) and (key in ("path", "model") or key.endswith("_path"))
+    is_path = isinstance(described, str) and key in (*PATHS, "model")
     if is_path and Path(described).exists():
         return {"sha256": _content(Path(described))}
     return described

@@ -13,6 +13,7 @@ from vidur_simpy.cluster import Cluster
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.kernel import EventOrder
 from vidur_simpy.search.grid import Grid, Point, points_of
+from vidur_simpy.search.run_tables import cell
 from vidur_simpy.search.runs import (
     Outcome,
     Run,
@@ -262,7 +263,7 @@ def _table(points: list[Point], seeds: list[int], outcomes: list[Outcome]) -> pd
     settings = list(dict.fromkeys(name for point in points for name in point.settings))
     columns: dict[str, Any] = {"point": np.repeat(np.arange(len(points)), len(seeds))}
     for name in settings:
-        cells = [_cell(point.setting(name)) for point in points for _ in seeds]
+        cells = [cell(point.setting(name)) for point in points for _ in seeds]
         columns[name] = pd.Series(cells, dtype=object).infer_objects()
     columns["replication"] = np.tile(np.arange(len(seeds)), len(points))
     columns["seed"] = np.tile(np.array(seeds, np.int64), len(points))
@@ -271,13 +272,3 @@ def _table(points: list[Point], seeds: list[int], outcomes: list[Outcome]) -> pd
         columns[name] = np.array([outcome.figures.get(name, np.nan) for outcome in outcomes])
     columns["error"] = pd.Series([outcome.error for outcome in outcomes], dtype=str)
     return pd.DataFrame(columns)
-
-
-def _cell(value: Any) -> Any:
-    """Return a setting as a table shows it: numbers and texts as they are, objects as code."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    # An address in memory would differ from run to run.
-    kind: Any = type(value)
-    named = kind if kind.__repr__ is object.__repr__ else value
-    return str(getattr(named, "__qualname__", None) or repr(value))
