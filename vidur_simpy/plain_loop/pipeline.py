@@ -285,6 +285,9 @@ class PipelineLane(Lane):
                         if ends_at == inf:
                             ends_at = end
                         is_full = len(under_way) == num_stages
+                        # Refused: what is no time (NaN, negative, infinite), a time of zero, and
+                        # one so small beside the clock that half of it is lost, so that two ends
+                        # would fall together. `free_then` is the last stage's.
                         if not free_then < end < end + 0.5 * shortest < inf:
                             env._now = now
                             yield STUCK  # nothing may end at once, and the stage says what is wrong

@@ -96,8 +96,10 @@ class DecodeRun:
             ends = sums[0, 1:]
             shortest = durations[durations.argmin()]  # faster than min()
         else:
-            sums = tuple(
-                list(accumulate(durations, initial=start)) for start in (now, executed, busy)
+            sums = (
+                list(accumulate(durations, initial=now)),
+                list(accumulate(durations, initial=executed)),
+                list(accumulate(durations, initial=busy)),
             )
             ends = sums[0][1:]
             shortest = min(durations)
