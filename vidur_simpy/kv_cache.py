@@ -122,6 +122,21 @@ class BlockPool:
         self._usage_integral += (self.num_blocks - self.num_free) * (now - self._usage_since)
         self._usage_since = now
 
+    def take_over(self, num_free: int, num_free_least: int, integral: float, now: float) -> None:
+        """Go on from what was counted elsewhere.
+
+        Parameters
+        ----------
+        num_free, num_free_least : int
+            Blocks nobody holds, and the fewest that were free.
+        integral : float
+            Blocks in use, integrated over the seconds up to `now`.
+        now : float
+            In seconds.
+        """
+        self.num_free, self.num_free_least = num_free, num_free_least
+        self._usage_integral, self._usage_since = integral, now
+
     def skip(self, num_blocks: Numbers, started_at: float, ends: Numbers) -> Numbers:
         """Note the use during iterations, and reserve what the ones that follow take.
 

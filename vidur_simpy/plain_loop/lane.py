@@ -138,9 +138,8 @@ class Lane(ABC):
         num_completed: int,
     ) -> None:
         """Write the sums of all batches that have ended to the replica and its blocks."""
-        replica, pool = self.replica, self.replica.pool
-        pool.num_free, pool.num_free_least = free, least
-        pool._usage_integral, pool._usage_since = usage, usage_since
+        replica = self.replica
+        replica.pool.take_over(free, least, usage, usage_since)
         replica.num_batches = replica.num_batches_formed = num_batches
         replica.num_prefill_tokens = num_prefill_tokens
         replica.num_decode_tokens = num_decode_tokens
