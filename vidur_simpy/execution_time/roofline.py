@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from vidur_simpy.execution_time.factors import RooflineFactors
 from vidur_simpy.execution_time.links import Links
+from vidur_simpy.execution_time.lookup import Lookup
 from vidur_simpy.execution_time.operators import (
     Kernels,
     Mixture,
@@ -21,7 +21,7 @@ from vidur_simpy.execution_time.operators import (
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -37,24 +37,6 @@ __all__ = ["Roofline", "RooflineFactors", "RooflineStageTime", "RooflineStages"]
 _FEW = 32
 # Contexts that a table keeps; some 6 MB.
 _MANY = 65_536
-
-
-class Table(dict[int, float]):
-    """The values of a function of a number, each computed when it is first asked for.
-
-    When there are `capacity` of them, all are forgotten.
-    """
-
-    def __init__(self, function: Callable[[int], float], capacity: float = math.inf) -> None:
-        super().__init__()
-        self._function = function
-        self._capacity = capacity
-
-    def __missing__(self, number: int) -> float:
-        if len(self) >= self._capacity:
-            self.clear()
-        value = self[number] = self._function(number)
-        return value
 
 
 @configuration
@@ -188,9 +170,9 @@ class RooflineStages:
         # lists and dictionaries are the fastest to look up.
         self._fixed_times: list[dict[int, float]] = [{} for _ in stages]
         self._sequence_times: list[list[list[float]]] = [[] for _ in stages]
-        self._decode_starts = [Table(functools.partial(self._start, stage)) for stage in stages]
+        self._decode_starts = [Lookup(functools.partial(self._start, stage)) for stage in stages]
         self._chunk_times: dict[int, tuple[float, float]] = {}
-        self._expansion_times = Table(self._attention.expansion_time, _MANY)
+        self._expansion_times = Lookup(self._attention.expansion_time, _MANY)
 
     def stage_time(self) -> RooflineStageTime:
         """Return the stage times, as a function: it is called faster than an object is."""
