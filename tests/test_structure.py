@@ -18,7 +18,7 @@ PACKAGE = Path(vs.__file__).parent
 
 # The floors, lowest first: a room imports rooms of lower floors only.
 FLOORS = [
-    ["errors", "columns", "sums"],
+    ["errors", "columns", "streams", "sums"],
     [
         "validation",
         "precision",

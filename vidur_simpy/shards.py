@@ -29,6 +29,7 @@ from vidur_simpy.processes import Replica
 from vidur_simpy.progress import progress_bar
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
+from vidur_simpy.streams import streams_of
 from vidur_simpy.workload import RequestArrays, Trace, Workload
 
 if TYPE_CHECKING:
@@ -120,9 +121,8 @@ def _requests(whole: Simulation, workload: Workload | Trace) -> RequestArrays:
     """Return the requests that the single run would get, numbered."""
     if not hasattr(workload, "requests"):
         raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
-    table = workload.requests(
-        whole._streams["arrivals"], whole._streams["lengths"], whole.cluster.max_tokens
-    )
+    streams = streams_of(whole.seed)
+    table = workload.requests(streams["arrivals"], streams["lengths"], whole.cluster.max_tokens)
     if table.request_id is not None:
         return table
     return dataclasses.replace(table, request_id=np.arange(len(table)))

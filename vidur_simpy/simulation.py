@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
-import numpy as np
 import simpy
 
 from vidur_simpy.cluster import Cluster
@@ -24,13 +23,11 @@ from vidur_simpy.result import Result
 from vidur_simpy.roster import Roster
 from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
+from vidur_simpy.streams import streams_of
 from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
 from vidur_simpy.workload import Trace, Workload
 
 __all__ = ["Simulation", "simulate"]
-
-# Each source of randomness has its own generator, spawned from the seed. Append only.
-STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
 
 
 class Simulation:
@@ -104,10 +101,7 @@ class Simulation:
         self.workload = workload
         self.seed = _checked_seed(seed)
         self.env = Environment(event_order)
-        self._streams = {
-            name: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-            for index, name in enumerate(STREAMS)
-        }
+        self._streams = streams_of(self.seed)
         names = checked_record(record)
         self._record_to = None if record_to is None else new_directory(record_to)
         self._logs = {
