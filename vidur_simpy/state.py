@@ -98,11 +98,10 @@ def _lines(simulation: Simulation) -> list[tuple[str, str]]:
 
 
 def _next_event(simulation: Simulation) -> str:
-    env = simulation.env
-    instant = env.peek()  # which passes over what was cancelled
-    if instant == inf:
+    entry = simulation.env.next_entry
+    if entry is None or entry[0] == inf:
         return "none"
-    event = env._queue[0][3]
+    instant, _, _, event = entry
     if isinstance(event, TypedEvent):
         return f"{event.event_type.name} at {instant:.9g} s"
     return f"{type(event).__name__} of a process at {instant:.9g} s"
