@@ -136,7 +136,7 @@ def _routed(whole: Simulation, requests: RequestArrays) -> NDArray[np.int64]:
     ]
     replica_ids = np.zeros(len(requests), np.int64)
     for row, request in enumerate(requests.iterate()):
-        if router._refusal(request):
+        if router.refusal(request):
             continue
         chosen: Any = router.route(request, unseen)  # type: ignore[arg-type]
         if not isinstance(chosen, _Unseen):
@@ -239,11 +239,11 @@ def _run(shard: _Shard) -> _Outcome:
         _Arriving(shard.requests),  # type: ignore[arg-type]
         **shard.settings,
     )
-    journal = Journal(shard.rows.tolist()) if simulation._logs else None
+    journal = Journal(shard.rows.tolist()) if simulation.logs else None
     failure = ""
     try:
         if journal is not None:
-            run_and_note(simulation.env, simulation._logs, journal, shard.until)
+            run_and_note(simulation.env, simulation.logs, journal, shard.until)
         simulation.run(shard.until)
     except SimulationError as error:
         failure = str(error)
@@ -253,13 +253,13 @@ def _run(shard: _Shard) -> _Outcome:
 def _outcome(
     shard: _Shard, simulation: Simulation, journal: Journal | None, failure: str
 ) -> _Outcome:
-    requests = simulation._request_log
-    for request in simulation._arrived():
+    requests = simulation.request_log
+    for request in simulation.under_way():
         requests.append(request)
     return _Outcome(
         requests=requests,
         replicas=[_counters(simulation.replicas[replica_id]) for replica_id in shard.own],
-        logs={name: log.columns() for name, log in simulation._logs.items()},
+        logs={name: log.columns() for name, log in simulation.logs.items()},
         journal=journal,
         now=simulation.env.now,
         num_events=simulation.env.num_events,
