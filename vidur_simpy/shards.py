@@ -30,7 +30,7 @@ from vidur_simpy.progress import progress_bar
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
 from vidur_simpy.streams import streams_of
-from vidur_simpy.workload import RequestArrays, Trace, Workload
+from vidur_simpy.workload import RequestArrays, RequestSource
 
 if TYPE_CHECKING:
     from vidur_simpy.simulation import Simulation
@@ -41,7 +41,7 @@ __all__ = ["simulate_in_shards"]
 def simulate_in_shards(
     simulation: type[Simulation],
     cluster: Cluster,
-    workload: Workload | Trace,
+    workload: RequestSource,
     shards: int,
     *,
     seed: int = 0,
@@ -117,7 +117,7 @@ class _Unseen:
         )
 
 
-def _requests(whole: Simulation, workload: Workload | Trace) -> RequestArrays:
+def _requests(whole: Simulation, workload: RequestSource) -> RequestArrays:
     """Return the requests that the single run would get, numbered."""
     if not hasattr(workload, "requests"):
         raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
@@ -236,7 +236,7 @@ def _run(shard: _Shard) -> _Outcome:
     route.only_counts_requests = True  # type: ignore[attr-defined]
     simulation = shard.simulation(
         dataclasses.replace(shard.cluster, global_scheduler=route),
-        _Arriving(shard.requests),  # type: ignore[arg-type]
+        _Arriving(shard.requests),
         **shard.settings,
     )
     journal = Journal(shard.rows.tolist()) if simulation.logs else None

@@ -25,7 +25,7 @@ from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
 from vidur_simpy.streams import streams_of
 from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
-from vidur_simpy.workload import Trace, Workload
+from vidur_simpy.workload import RequestSource
 
 __all__ = ["Simulation", "simulate"]
 
@@ -40,7 +40,7 @@ class Simulation:
     Parameters
     ----------
     cluster : Cluster
-    workload : Workload, Trace or None
+    workload : Workload, Trace, RequestSource or None
         Requests that arrive by themselves; None if all are submitted.
     seed : int
         Seeds one independent generator for each source of randomness.
@@ -94,7 +94,7 @@ class Simulation:
     def __init__(
         self,
         cluster: Cluster,
-        workload: Workload | Trace | None = None,
+        workload: RequestSource | None = None,
         *,
         seed: int = 0,
         event_order: EventOrder = "type",
@@ -152,7 +152,7 @@ class Simulation:
     def _users_of(self, replica_id: int, stage_id: int) -> Sequence[Any]:
         return self.replicas[replica_id].stages[stage_id].users
 
-    def _start_workload(self, workload: Workload | Trace) -> None:
+    def _start_workload(self, workload: RequestSource) -> None:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
@@ -330,7 +330,7 @@ class Simulation:
 
 def simulate(
     cluster: Cluster,
-    workload: Workload | Trace,
+    workload: RequestSource,
     *,
     seed: int = 0,
     event_order: EventOrder = "type",

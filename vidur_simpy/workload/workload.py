@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,19 @@ from vidur_simpy.workload.lengths import Clip, Lengths, LengthsPair, clip_length
 from vidur_simpy.workload.requests import RequestArrays
 from vidur_simpy.workload.traces import TraceFormat, read_trace
 
-__all__ = ["Trace", "Workload"]
+__all__ = ["RequestSource", "Trace", "Workload"]
+
+
+class RequestSource(Protocol):
+    """What a simulation takes its requests from: a workload, a trace, or what a user writes."""
+
+    def requests(
+        self,
+        rng_arrivals: np.random.Generator,
+        rng_lengths: np.random.Generator,
+        max_model_len: int | None = None,
+    ) -> RequestArrays:
+        """Return the requests, as `Workload.requests` draws them."""
 
 
 @configuration
