@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "ROBUST_AT",
     "Fit",
     "averaged_least_squares",
     "blocks_of",

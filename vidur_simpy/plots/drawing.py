@@ -38,6 +38,7 @@ __all__ = [
     "MIN_BATCHES",
     "NUM_SPANS",
     "ORANGE",
+    "PURPLE",
     "SKY_BLUE",
     "VERMILLION",
     "as_label",
