@@ -117,6 +117,7 @@ def check_windows(where: str, window: float | None, instants: NDArray[np.float64
     Raises
     ------
     ConfigError
+        If it is not positive, or makes more than `MOST_WINDOWS`.
     """
     if window is None:
         return

@@ -207,6 +207,8 @@ class Trace:
 
         Raises
         ------
+        ConfigError
+            If a factor makes a request too long, or is more than 1 on prompts with hash ids.
         TraceError
             An unusable file, fewer requests in it than are asked for, or a request of a priority
             without an SLO.
