@@ -102,15 +102,7 @@ class Roofline:
 
 
 class RooflineStageTime(Protocol):
-    """The roofline of one replica: call it with a batch and a stage for the seconds.
-
-    Attributes
-    ----------
-    factors_name : str
-        The set of fitted factors in use.
-    """
-
-    factors_name: str
+    """The roofline of one replica: call it with a batch and a stage for the seconds."""
 
     def __call__(self, batch: BatchCounts, stage_id: int) -> float:
         """Return the seconds that a stage, counted from 0, takes for a batch."""
@@ -142,7 +134,6 @@ class RooflineStages:
         expert_imbalance: float = 1.0,
     ) -> None:
         model, num_stages = deployment.model, deployment.pipeline_parallel_size
-        self.factors_name = factors.name
         self._kernels = Kernels(deployment.device, factors)
         self._links = Links(deployment, factors)
         self._attention = attention_of(deployment, self._kernels)
@@ -214,7 +205,6 @@ class RooflineStages:
             function = self._with_expansion(function)
         if self._num_sliding:
             function = self._with_windows(function)
-        function.factors_name = self.factors_name
         function.operators, function.decode_times = self.operators, self.decode_times
         return function  # type: ignore[no-any-return]
 
