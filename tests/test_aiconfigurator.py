@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ import pytest
 from counts import Chunk, Counts, batches, decodes, prefill, replica
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shared_folder import SHARED
 
 import vidur_simpy as vs
 from vidur_simpy.execution_time import kernel_database, stage_time_of
@@ -25,7 +25,6 @@ from vidur_simpy.execution_time.kernel_tables import Grid, tabulated
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 PACKAGE = "aiconfigurator_core"
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import functools
-import os
 import warnings
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from counts import Chunk, Counts, decodes, prefill, replica
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_folder import SHARED
 
 from vidur_simpy.errors import ProfileError
 from vidur_simpy.execution_time.interpolation import Curve, Grid, Plane, leave_one_out_error
 from vidur_simpy.execution_time.operator_tables import in_graph
 from vidur_simpy.execution_time.profile import Profile
 
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 PROFILES = SHARED / "data/reference/llmservingsim_profiles"
 
 NUM_LAYERS = 32  # of llama-3.1-8b
