@@ -150,7 +150,7 @@ def test_prefills_are_what_the_kernels_say(made_up):
     """One chunk or several, after a prefix or none; the LM head has a row for each."""
     stage_time = AIConfiguratorStageTime(made_up, 1, 0.0)
     for number, length, prefix in ((1, 1, 0), (1, 100, 50), (3, 500, 0), (8, 700, 1300)):
-        batch = Counts(prefills=(Chunk(length, prefix + length),) * number)
+        batch = Counts(0, 0, (Chunk(length, prefix + length),) * number)
         tokens = number * length
         expected = 1 + 0.01 * tokens + 0.05 + 1e-3 * tokens + 1e-6 * tokens * prefix
         expected += 0.2 + 0.001 * number

@@ -109,7 +109,7 @@ def test_linear_reproduces_the_reference(case):
             context = processed.get(request, 0) + int(tokens)
             batch.append(Chunk(int(tokens), context))
             processed[request] = context + (context == prompts[request])
-        end = float(row["stage0_start"]) + stage_time(Counts(prefills=tuple(batch)), 0)
+        end = float(row["stage0_start"]) + stage_time(Counts(0, 0, tuple(batch)), 0)
         assert end == float(row["stage0_end"])
 
 

@@ -186,7 +186,7 @@ def test_overheads_come_once(tables):
 
 def test_many_short_prompts_are_one_chunk_of_as_many_pairs(tables):
     """Twenty prompts of 100 attend to far fewer pairs than one of 2,000."""
-    short = Counts(prefills=(Chunk(100, 100),) * 20)
+    short = Counts(0, 0, (Chunk(100, 100),) * 20)
     times = stage_time(tables)
     pairs = 20 * 100 * 101 / 2
     chunk = (np.sqrt(8 * pairs + 1) - 1) / 2

@@ -151,7 +151,7 @@ def test_time_grows_with_tokens_and_context(batch, context, device, model):
     """A decode more, a chunk more, or more context never makes a batch faster."""
     stage_time = roofline(model, device)
     time = stage_time(batch, 0)
-    n, decoded, prefills = batch
+    n, decoded, prefills = batch.num_decodes, batch.decode_context, batch.prefills
     assert stage_time(Counts(n + 1, decoded + context, prefills), 0) > time
     assert stage_time(Counts(n, decoded, (*prefills, Chunk(1, context))), 0) > time
     if n:
