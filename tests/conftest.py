@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from shared_folder import SHARED
 
 import vidur_simpy as vs
 from vidur_simpy.search import runs
-
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 @pytest.fixture

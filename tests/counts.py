@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hypothesis import strategies as st
 
 from vidur_simpy.deployment import Deployment
 from vidur_simpy.hardware import Device, Model
-
-
-class Chunk(NamedTuple):
-    num_tokens: int
-    context: int
-
-
-class Counts(NamedTuple):
-    num_decodes: int = 0
-    decode_context: int = 0
-    prefills: tuple[Chunk, ...] = ()
-
-    @property
-    def num_tokens(self):
-        return self.num_decodes + sum(chunk.num_tokens for chunk in self.prefills)
-
-    @property
-    def total_context(self):
-        return self.decode_context + sum(chunk.context for chunk in self.prefills)
-
-    @property
-    def num_attention_pairs(self):
-        chunks = (n * end - n * (n - 1) // 2 for n, end in self.prefills)
-        return self.decode_context + sum(chunks)
+from vidur_simpy.measurements import Chunk
+from vidur_simpy.measurements import Iteration as Counts
 
 
 def replica(model="llama-3.1-8b", device="h100", tp=1, pp=1, **settings):
@@ -43,7 +19,7 @@ def decodes(num_decodes, context):
 
 
 def prefill(num_tokens, prefix=0):
-    return Counts(prefills=(Chunk(num_tokens, prefix + num_tokens),))
+    return Counts(0, 0, (Chunk(num_tokens, prefix + num_tokens),))
 
 
 chunks = st.builds(

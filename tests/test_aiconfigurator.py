@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ import pytest
 from counts import Chunk, Counts, batches, decodes, prefill, replica
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shared_folder import SHARED
 
 import vidur_simpy as vs
 from vidur_simpy.execution_time import kernel_database, stage_time_of
@@ -25,7 +25,6 @@ from vidur_simpy.execution_time.kernel_tables import Grid, tabulated
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 PACKAGE = "aiconfigurator_core"
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +150,7 @@ def test_prefills_are_what_the_kernels_say(made_up):
     """One chunk or several, after a prefix or none; the LM head has a row for each."""
     stage_time = AIConfiguratorStageTime(made_up, 1, 0.0)
     for number, length, prefix in ((1, 1, 0), (1, 100, 50), (3, 500, 0), (8, 700, 1300)):
-        batch = Counts(prefills=(Chunk(length, prefix + length),) * number)
+        batch = Counts(0, 0, (Chunk(length, prefix + length),) * number)
         tokens = number * length
         expected = 1 + 0.01 * tokens + 0.05 + 1e-3 * tokens + 1e-6 * tokens * prefix
         expected += 0.2 + 0.001 * number

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +10,13 @@ from counts import replica
 from hypothesis import given
 from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
+from shared_folder import SHARED
 
 import vidur_simpy as vs
 from vidur_simpy.hardware import GIB
 from vidur_simpy.power import mean_power_w
 from vidur_simpy.result import Result
 
-SHARED = Path(
-    os.environ.get("VIDUR_SHARED") or Path(__file__).resolve().parents[1].parent / "shared"
-)
 MEASURED = SHARED / "data" / "reference" / "splitwise_perf_model.csv"
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
 from against_vllm_v1 import cluster_of, simulation_of
 from oracle.vllm_v1 import PlainVllmV1Step, read_vllm_v1_case
+from shared_folder import SHARED
 
 import vidur_simpy as vs
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("VIDUR_SHARED", HERE.parents[1] / "shared"))
 FOLDERS = {
     folder.parent.name: folder.parent
     for root in (SHARED / "golden" / "vllm", HERE / "golden" / "vllm")

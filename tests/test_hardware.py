@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import FrozenInstanceError
 from importlib import resources
-from pathlib import Path
 
 import pytest
+from shared_folder import SHARED
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.hardware import GIB, Device, Model, device_names, model_names
 
-SHARED = Path(
-    os.environ.get("VIDUR_SHARED") or Path(__file__).resolve().parents[1].parent / "shared"
-)
 SHEETS = SHARED / "data" / "hardware"
 needs_sheets = pytest.mark.skipif(not SHEETS.is_dir(), reason=f"{SHEETS} is absent")
 

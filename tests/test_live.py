@@ -220,7 +220,7 @@ def test_a_simulation_shows_its_state_at_any_pause():
     assert lines[2].startswith(f"requests {sim.router.num_received} arrived, ")
     assert lines[3] == "expected 60 requests of the workload"
     assert (
-        lines[4] == f"next event {sim.env._queue[0][3].event_type.name} at {sim.env.peek():.9g} s"
+        lines[4] == f"next event {sim.env.next_entry[3].event_type.name} at {sim.env.peek():.9g} s"
     )
     assert lines[5] == "recorded requests, replicas, timeline, batches"
     assert lines[7] == "replica routed done running waiting batches KV cache utilisation"

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import functools
-import os
 import warnings
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from counts import Chunk, Counts, decodes, prefill, replica
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_folder import SHARED
 
 from vidur_simpy.errors import ProfileError
 from vidur_simpy.execution_time.interpolation import Curve, Grid, Plane, leave_one_out_error
 from vidur_simpy.execution_time.operator_tables import in_graph
 from vidur_simpy.execution_time.profile import Profile
 
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 PROFILES = SHARED / "data/reference/llmservingsim_profiles"
 
 NUM_LAYERS = 32  # of llama-3.1-8b
@@ -188,7 +186,7 @@ def test_overheads_come_once(tables):
 
 def test_many_short_prompts_are_one_chunk_of_as_many_pairs(tables):
     """Twenty prompts of 100 attend to far fewer pairs than one of 2,000."""
-    short = Counts(prefills=(Chunk(100, 100),) * 20)
+    short = Counts(0, 0, (Chunk(100, 100),) * 20)
     times = stage_time(tables)
     pairs = 20 * 100 * 101 / 2
     chunk = (np.sqrt(8 * pairs + 1) - 1) / 2

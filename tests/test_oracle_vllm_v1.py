@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from oracle.vllm_v1 import (
     read_vllm_v1_case,
     run_plainly,
 )
+from shared_folder import SHARED
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("VIDUR_SHARED", HERE.parents[0].parent / "shared"))
 FOLDERS = {
     folder.parent.name: folder.parent
     for root in (SHARED / "golden" / "vllm", HERE / "golden" / "vllm")

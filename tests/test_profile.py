@@ -211,7 +211,7 @@ def test_one_prefill_by_hand(tables):
 
 def test_several_prefills_by_hand(tables):
     """Prefixes are rounded and summed, chunks become the root of the sum of their squares."""
-    batch = Counts(prefills=(Chunk(192, 292), Chunk(256, 300)))
+    batch = Counts(0, 0, (Chunk(192, 292), Chunk(256, 300)))
     attention = 1.1 * prefill_ms(128 + 64, 320)
     expected = 4 * (token_ms(448) + save_ms(448) + attention)
     assert stage_time(tables)(batch, 0) == seconds(expected)
@@ -219,7 +219,7 @@ def test_several_prefills_by_hand(tables):
 
 def test_several_prefills_of_the_last_release(tables):
     """There each prefill counts by itself, its chunk rounded up to 32."""
-    batch = Counts(prefills=(Chunk(190, 290), Chunk(256, 300)))
+    batch = Counts(0, 0, (Chunk(190, 290), Chunk(256, 300)))
     attention = 1.1 * (prefill_ms(128, 192) + prefill_ms(64, 256))
     expected = 4 * (token_ms(448) + save_ms(446) + attention)
     assert stage_time(tables, rules="0.0.26")(batch, 0) == seconds(expected)

@@ -114,14 +114,14 @@ def test_memory_holds_less_than_one_part(tmp_path):
     most_waiting = 0
     while sim.env.peek() < float("inf"):
         sim.env.step()
-        batches = sim._logs["batches"]
-        held = {"requests": sim._request_log._rows, "batches": batches._ended_rows}
-        held |= {name: sim._logs[name]._rows for name in ("stages", "events", "tokens")}
+        batches = sim.logs["batches"]
+        held = {"requests": sim.request_log._rows, "batches": batches._ended_rows}
+        held |= {name: sim.logs[name]._rows for name in ("stages", "events", "tokens")}
         most = {name: max(most[name], rows.num_held) for name, rows in held.items()}
         most_waiting = max(most_waiting, len(batches._waiting))
     assert most == dict.fromkeys(most, 15)
     assert most_waiting <= 8
-    assert len(sim._logs["events"]) > 1_000
+    assert len(sim.logs["events"]) > 1_000
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path):

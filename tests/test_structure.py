@@ -18,7 +18,7 @@ PACKAGE = Path(vs.__file__).parent
 
 # The floors, lowest first: a room imports rooms of lower floors only.
 FLOORS = [
-    ["errors", "columns", "sums"],
+    ["errors", "columns", "streams", "sums"],
     [
         "validation",
         "precision",
@@ -200,3 +200,17 @@ def test_every_module_introduces_itself(name):
     first = module.__doc__.split("\n\n")[0].strip()
     assert first.endswith((".", "::"))
     assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_modules_import_public_names():
+    """What a module takes from another, for type checkers alone as well, is in its `__all__`."""
+    unlisted = set()
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("vidur_simpy."):
+                continue
+            home = node.module.removeprefix("vidur_simpy.")
+            public = importlib.import_module(node.module).__all__
+            names = {alias.name for alias in node.names if f"{home}.{alias.name}" not in FILES}
+            unlisted |= {(name, home, each) for each in names - set(public)}
+    assert not unlisted

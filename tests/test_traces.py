@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
+from shared_folder import SHARED
 
 from vidur_simpy.errors import ConfigError, TraceError
 from vidur_simpy.workload import (
@@ -24,7 +23,6 @@ from vidur_simpy.workload import (
     read_trace,
 )
 
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 TRACES = SHARED / "data" / "traces"
 needs_traces = pytest.mark.skipif(
     not TRACES.is_dir(), reason="the public traces are not beside the repository"

@@ -26,7 +26,7 @@ from vidur_simpy.validation import configuration
 __all__ = ["Cluster"]
 
 # What a ReplicaScheduler has to have.
-SCHEDULER_METHODS = (
+SCHEDULER_MEMBERS = (
     "num_waiting",
     "num_running",
     "refusal",
@@ -206,11 +206,11 @@ vllm_v1.
         )
         make = getattr(self.replica_scheduler, "for_replica", self.replica_scheduler)
         scheduler: ReplicaScheduler = make(resources)
-        for name in SCHEDULER_METHODS:
+        for name in SCHEDULER_MEMBERS:
             if not hasattr(scheduler, name):
                 raise ConfigError(
                     f"Cluster.replica_scheduler gave {scheduler!r}, which has no {name!r}: "
-                    f"expected {', '.join(SCHEDULER_METHODS)}."
+                    f"expected {', '.join(SCHEDULER_MEMBERS)}."
                 )
         return scheduler
 

@@ -25,7 +25,15 @@ from vidur_simpy.replica_scheduler import REPLICA_SCHEDULERS
 from vidur_simpy.validation import field_names
 from vidur_simpy.workload import ARRIVALS, LENGTHS, WORKLOADS
 
-__all__ = ["dump_config", "load_config", "read_grid", "read_value", "with_settings"]
+__all__ = [
+    "PATHS",
+    "PYTHON",
+    "dump_config",
+    "load_config",
+    "read_grid",
+    "read_value",
+    "with_settings",
+]
 
 # key of a mapping -> the names its "type" may have
 TABLES: dict[str, Mapping[str, type]] = {

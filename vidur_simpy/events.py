@@ -57,6 +57,11 @@ class TypedEvent(Event):
         self._value = value
 
     @property
+    def value(self) -> Any:
+        """The batch or the request it is about."""
+        return self._value
+
+    @property
     def event_type(self) -> EventType:
         """Which of the seven it is."""
         return self.signal.event_type

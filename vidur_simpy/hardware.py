@@ -14,7 +14,7 @@ from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.precision import BF16_BYTES, Format, precision
 from vidur_simpy.validation import configuration, field_names
 
-__all__ = ["Device", "Model", "device_names", "model_names"]
+__all__ = ["GIB", "Device", "Model", "device_names", "model_names"]
 
 GIB = 2**30
 

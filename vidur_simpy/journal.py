@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidur_simpy.kernel import Environment, EventType, TypedEvent, _next_of
+from vidur_simpy.kernel import FIRST_ARRIVAL_ID, Environment, EventType, TypedEvent
 
 __all__ = ["Journal", "merged_order", "run_and_note"]
 
@@ -48,17 +48,17 @@ def run_and_note(
 ) -> None:
     """Handle all events before `until` (seconds), noting each."""
     journal.rows.update((name, []) for name in logs)
-    journal.given.append(_next_of(env._eid))
+    journal.given.append(env.next_id)
     end = inf if until is None else until
-    while env.peek() < end:
-        time, priority, number, event = env._queue[0]
+    while (entry := env.next_entry) and entry[0] < end:
+        time, priority, number, event = entry
         env.step()
         event_type = int(event.event_type) if isinstance(event, TypedEvent) else None
         for name, log in logs.items():
             rows = journal.rows[name]
             rows.extend([len(journal.events)] * (len(log) - len(rows)))
         journal.events.append((time, int(priority), number, event_type))
-        journal.given.append(_next_of(env._eid))
+        journal.given.append(env.next_id)
 
 
 def merged_order(journals: Sequence[Journal]) -> dict[str, NDArray[np.intp]]:
@@ -99,7 +99,7 @@ class _Shard:
         time, priority, number, event_type = self.journal.events[self.position]
         if event_type == EventType.REQUEST_ARRIVAL:
             # Arrivals are numbered before all others.
-            number = self.journal.arrivals[self.num_arrivals] - 2**62
+            number = self.journal.arrivals[self.num_arrivals] + FIRST_ARRIVAL_ID
         else:
             number = self.numbers[number]
         return time, priority, number, self.index

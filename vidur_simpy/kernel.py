@@ -23,12 +23,21 @@ from vidur_simpy.around_runs import ctrl_c_between_events, rare_garbage_collecti
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 from vidur_simpy.events import EventType, Signal, TypedEvent
 
-__all__ = ["Environment", "EventOrder", "EventType", "Shortcut", "Signal", "TypedEvent"]
+__all__ = [
+    "FIRST_ARRIVAL_ID",
+    "Environment",
+    "EventOrder",
+    "EventType",
+    "Shortcut",
+    "Signal",
+    "TypedEvent",
+]
 
 EventOrder = Literal["type", "id"]
 
+FIRST_ARRIVAL_ID = -(2**62)
+"""The serial number of the first arrival: below those of all other events."""
 
-_FIRST_ARRIVAL_ID = -(2**62)
 _FIRST_TYPED_PRIORITY = 1
 
 
@@ -84,7 +93,7 @@ class Environment(simpy.Environment):
         self._listeners: dict[EventType, list[Callable[[TypedEvent], None]]] = {
             event_type: [] for event_type in EventType
         }
-        self._arrival_ids = count(_FIRST_ARRIVAL_ID)
+        self._arrival_ids = count(FIRST_ARRIVAL_ID)
         self.is_interrupted = False
         self.shortcuts: dict[Shortcut, None] = {}
         # SimPy binds its event classes to instances of its own class only; a subclass has to.
@@ -151,6 +160,17 @@ class Environment(simpy.Environment):
         self._pass_over_cancelled()
         return super().peek()
 
+    @property
+    def next_entry(self) -> tuple[float, int, int, Event] | None:
+        """The event to be handled next after its key: instant, priority and serial number."""
+        self._pass_over_cancelled()
+        return self._queue[0] if self._queue else None
+
+    @property
+    def next_id(self) -> int:
+        """The serial number of whatever is queued next, other than an arrival."""
+        return _next_of(self._eid)
+
     def _pass_over_cancelled(self) -> None:
         while self._queue and self._queue[0][3].callbacks is None:
             heappop(self._queue)
@@ -168,7 +188,7 @@ class Environment(simpy.Environment):
     @property
     def num_events(self) -> int:
         """Events queued so far, typed or not: the fewer, the less could be watched."""
-        return _next_of(self._eid) + _next_of(self._arrival_ids) - _FIRST_ARRIVAL_ID
+        return self.next_id + _next_of(self._arrival_ids) - FIRST_ARRIVAL_ID
 
     # -- listening ---------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class BatchLog:
         return len(self._ended_rows) + len(self._waiting)
 
     def _formed(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         if event.stage_id != 0:
             return
         requests = batch.requests()
@@ -211,7 +211,7 @@ class BatchLog:
         self._waiting.append(row)
 
     def _ended(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         self._under_way.pop((batch.replica_id, batch.batch_index))[3] = event.env.now
         waiting = self._waiting
         while waiting and not isnan(waiting[0][3]):
@@ -234,7 +234,7 @@ class StageLog:
         env.subscribe(EventType.BATCH_STAGE_END, self._ended)
 
     def _ended(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         self._rows.append(
             (
                 batch.replica_id,
@@ -303,12 +303,12 @@ class TokenLog:
         env.subscribe(EventType.BATCH_END, self._ended)
 
     def _formed(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         if event.stage_id == 0 and batch.num_decodes:
             self._decoding[batch.replica_id, batch.batch_index] = batch.decoding()
 
     def _ended(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         producers = self._decoding.pop((batch.replica_id, batch.batch_index), [])
         producers += batch.prefilled()
         now = event.env.now
@@ -352,7 +352,7 @@ class OperatorLog:
         env.subscribe(EventType.BATCH_STAGE_END, self._ended)
 
     def _ended(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         stage_id = event.stage_id
         assert stage_id is not None
         kind = ("mixed" if batch.num_decodes else "prefill") if batch.prefills else "decode"

@@ -70,7 +70,7 @@ class PhaseLog:
         return len(self._rows) + len(self._waiting)
 
     def _arrived(self, event: TypedEvent) -> None:
-        request = event._value
+        request = event.value
         if isinstance(request, Request) and not request.refusal:
             journey = self._journeys[request] = _Journey(request)
             self._waiting.append(journey)
@@ -85,7 +85,7 @@ class PhaseLog:
     def _formed(self, event: TypedEvent) -> None:
         if event.stage_id != 0:
             return
-        batch: Batch = event._value
+        batch: Batch = event.value
         journeys, now = self._journeys, event.env.now
         decodes = [journeys[request] for request in batch.decoding()]
         chunks = [_Chunk(journeys[chunk.request], chunk, now) for chunk in batch.prefills]
@@ -111,10 +111,10 @@ class PhaseLog:
         return inf
 
     def _stage_ended(self, event: TypedEvent) -> None:
-        self._flights[event._value].end_stage(event.env.now)
+        self._flights[event.value].end_stage(event.env.now)
 
     def _ended(self, event: TypedEvent) -> None:
-        batch: Batch = event._value
+        batch: Batch = event.value
         now = event.env.now
         flight = self._flights.pop(batch)
         for chunk in flight.chunks:

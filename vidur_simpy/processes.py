@@ -58,7 +58,7 @@ class Router:
     ----------
     queue : list of Request
         Requests that have arrived and are not mapped yet.
-    route : callable
+    route, refusal : callable
     num_received : int
         Requests that have arrived, refused ones included.
     may_look : bool
@@ -78,7 +78,7 @@ class Router:
         self.queue: list[Request] = []
         self.num_received = 0
         self.route = route
-        self._refusal = refusal
+        self.refusal = refusal
         self._on_refused = on_refused
         # A router of the user's own may look at anything.
         self.may_look = not getattr(route, "only_counts_requests", False)
@@ -101,7 +101,7 @@ class Router:
     def admits(self, request: Request) -> bool:
         """Count a request that has arrived; return whether it can ever run."""
         self.num_received += 1
-        request.refusal = self._refusal(request)
+        request.refusal = self.refusal(request)
         if request.refusal:
             self._on_refused(request)
             return False

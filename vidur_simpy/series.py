@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
-from typing import TYPE_CHECKING
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vidur_simpy.result import Result
 
 __all__ = [
+    "Steps",
     "check_windows",
     "distribution",
     "distribution_steps",
@@ -30,6 +31,7 @@ __all__ = [
     "sampled_load",
     "span_means",
     "spans",
+    "steps_of",
     "windowed_quantiles",
 ]
 
@@ -115,6 +117,7 @@ def check_windows(where: str, window: float | None, instants: NDArray[np.float64
     Raises
     ------
     ConfigError
+        If it is not positive, or makes more than `MOST_WINDOWS`.
     """
     if window is None:
         return
@@ -249,6 +252,47 @@ def _busy_stages(result: Result) -> pd.DataFrame:
     return moves
 
 
+class Steps(NamedTuple):
+    """What batches did for requests: a row per request and batch.
+
+    Attributes
+    ----------
+    request_id, time, num_tokens, is_decode : ndarray, shape (n,)
+        The request, the end of the batch in seconds (NaN if it has none yet), the tokens computed,
+        and whether it is a decode.
+    """
+
+    request_id: NDArray[np.int64]
+    time: NDArray[np.float64]
+    num_tokens: NDArray[np.int64]
+    is_decode: NDArray[np.bool_]
+
+    def take(self, rows: slice | NDArray[np.intp] | NDArray[np.bool_]) -> Steps:
+        """Return some of the rows."""
+        return Steps(
+            self.request_id[rows], self.time[rows], self.num_tokens[rows], self.is_decode[rows]
+        )
+
+    def by_request(self) -> Steps:
+        """Return the rows by request, then by time."""
+        return self.take(np.lexsort((self.time, self.request_id)))
+
+
+def steps_of(result: Result) -> Steps:
+    """Return what recorded batches did, in their order."""
+    batches = result.batches
+    sizes = batches["request_ids"].map(len).to_numpy(dtype=np.int64)
+    request_id, num_tokens = (
+        np.fromiter(chain.from_iterable(batches[name]), dtype=np.int64, count=int(sizes.sum()))
+        for name in ("request_ids", "num_tokens")
+    )
+    time = np.repeat(batches["completed_at"].to_numpy(), sizes)
+    # In a batch the decodes, of one token each, come before the prefill chunks.
+    position = np.arange(len(request_id)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    is_decode = position < np.repeat(batches["num_decode_tokens"].to_numpy(), sizes)
+    return Steps(request_id, time, num_tokens, is_decode)
+
+
 def preempted_at(result: Result) -> NDArray[np.float64]:
     """Return when requests were preempted, in seconds and in order.
 
@@ -262,24 +306,15 @@ def preempted_at(result: Result) -> NDArray[np.float64]:
     """
     restarted = result.requests.loc[result.requests["num_restarts"] > 0]
     prompts = dict(zip(restarted["request_id"], restarted["num_prefill_tokens"], strict=True))
-    batches = result.batches
-    sizes = batches["request_ids"].map(len).to_numpy(dtype=np.int64)
-    ids, num_tokens = (
-        np.fromiter(chain.from_iterable(batches[name]), dtype=np.int64, count=int(sizes.sum()))
-        for name in ("request_ids", "num_tokens")
-    )
-    ended_at = np.repeat(batches["completed_at"].to_numpy(), sizes)
-    # In a batch the decodes, of one token each, come before the prefill chunks.
-    position = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    is_decode = position < np.repeat(batches["num_decode_tokens"].to_numpy(), sizes)
-    chosen = np.flatnonzero(np.isin(ids, list(prompts)))
-    chosen = chosen[np.lexsort((ended_at[chosen], ids[chosen]))]
-    firsts = np.flatnonzero(np.diff(ids[chosen], prepend=-1))
+    steps = steps_of(result)
+    steps = steps.take(np.isin(steps.request_id, list(prompts))).by_request()
+    edges = np.append(np.flatnonzero(np.diff(steps.request_id, prepend=-1)), len(steps.time))
     found = [np.empty(0)]
-    for steps in np.split(chosen, firsts[1:]) if len(chosen) else ():
-        chunks = zip(num_tokens[steps].tolist(), is_decode[steps].tolist(), strict=True)
-        restarts = list(_restarts(list(chunks), prompts[ids[steps[0]]]))
-        found.append(ended_at[steps[np.array(restarts, dtype=np.int64) - 1]])
+    for begin, end in pairwise(edges.tolist()):
+        own = steps.take(slice(begin, end))
+        chunks = zip(own.num_tokens.tolist(), own.is_decode.tolist(), strict=True)
+        restarts = list(_restarts(list(chunks), prompts[own.request_id[0]]))
+        found.append(own.time[np.array(restarts, dtype=np.int64) - 1])
     return np.sort(np.concatenate(found))
 
 

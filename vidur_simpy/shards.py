@@ -29,7 +29,8 @@ from vidur_simpy.processes import Replica
 from vidur_simpy.progress import progress_bar
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
-from vidur_simpy.workload import RequestArrays, Trace, Workload
+from vidur_simpy.streams import streams_of
+from vidur_simpy.workload import RequestArrays, RequestSource
 
 if TYPE_CHECKING:
     from vidur_simpy.simulation import Simulation
@@ -40,7 +41,7 @@ __all__ = ["simulate_in_shards"]
 def simulate_in_shards(
     simulation: type[Simulation],
     cluster: Cluster,
-    workload: Workload | Trace,
+    workload: RequestSource,
     shards: int,
     *,
     seed: int = 0,
@@ -116,13 +117,12 @@ class _Unseen:
         )
 
 
-def _requests(whole: Simulation, workload: Workload | Trace) -> RequestArrays:
+def _requests(whole: Simulation, workload: RequestSource) -> RequestArrays:
     """Return the requests that the single run would get, numbered."""
     if not hasattr(workload, "requests"):
         raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
-    table = workload.requests(
-        whole._streams["arrivals"], whole._streams["lengths"], whole.cluster.max_tokens
-    )
+    streams = streams_of(whole.seed)
+    table = workload.requests(streams["arrivals"], streams["lengths"], whole.cluster.max_tokens)
     if table.request_id is not None:
         return table
     return dataclasses.replace(table, request_id=np.arange(len(table)))
@@ -136,7 +136,7 @@ def _routed(whole: Simulation, requests: RequestArrays) -> NDArray[np.int64]:
     ]
     replica_ids = np.zeros(len(requests), np.int64)
     for row, request in enumerate(requests.iterate()):
-        if router._refusal(request):
+        if router.refusal(request):
             continue
         chosen: Any = router.route(request, unseen)  # type: ignore[arg-type]
         if not isinstance(chosen, _Unseen):
@@ -236,14 +236,14 @@ def _run(shard: _Shard) -> _Outcome:
     route.only_counts_requests = True  # type: ignore[attr-defined]
     simulation = shard.simulation(
         dataclasses.replace(shard.cluster, global_scheduler=route),
-        _Arriving(shard.requests),  # type: ignore[arg-type]
+        _Arriving(shard.requests),
         **shard.settings,
     )
-    journal = Journal(shard.rows.tolist()) if simulation._logs else None
+    journal = Journal(shard.rows.tolist()) if simulation.logs else None
     failure = ""
     try:
         if journal is not None:
-            run_and_note(simulation.env, simulation._logs, journal, shard.until)
+            run_and_note(simulation.env, simulation.logs, journal, shard.until)
         simulation.run(shard.until)
     except SimulationError as error:
         failure = str(error)
@@ -253,13 +253,13 @@ def _run(shard: _Shard) -> _Outcome:
 def _outcome(
     shard: _Shard, simulation: Simulation, journal: Journal | None, failure: str
 ) -> _Outcome:
-    requests = simulation._request_log
-    for request in simulation._arrived():
+    requests = simulation.request_log
+    for request in simulation.under_way():
         requests.append(request)
     return _Outcome(
         requests=requests,
         replicas=[_counters(simulation.replicas[replica_id]) for replica_id in shard.own],
-        logs={name: log.columns() for name, log in simulation._logs.items()},
+        logs={name: log.columns() for name, log in simulation.logs.items()},
         journal=journal,
         now=simulation.env.now,
         num_events=simulation.env.num_events,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
-import numpy as np
 import simpy
 
 from vidur_simpy.cluster import Cluster
@@ -24,13 +23,11 @@ from vidur_simpy.result import Result
 from vidur_simpy.roster import Roster
 from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
+from vidur_simpy.streams import streams_of
 from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
-from vidur_simpy.workload import Trace, Workload
+from vidur_simpy.workload import RequestSource
 
 __all__ = ["Simulation", "simulate"]
-
-# Each source of randomness has its own generator, spawned from the seed. Append only.
-STREAMS = ("arrivals", "lengths", "routing", "timing", "faults")
 
 
 class Simulation:
@@ -43,7 +40,7 @@ class Simulation:
     Parameters
     ----------
     cluster : Cluster
-    workload : Workload, Trace or None
+    workload : Workload, Trace, RequestSource or None
         Requests that arrive by themselves; None if all are submitted.
     seed : int
         Seeds one independent generator for each source of randomness.
@@ -68,6 +65,15 @@ class Simulation:
     router : Router
     num_expected : int
         Requests of the workload.
+    num_refused : int
+        Requests that can never run; `last_refusal` says why the last of them.
+    last_refusal : str
+    request_log : RequestLog
+        The rows of requests that are complete or refused.
+    logs : dict of str to object
+        What keeps each of the tables to `record`.
+    record_to : Path or None
+        Where they go.
 
     Examples
     --------
@@ -88,7 +94,7 @@ class Simulation:
     def __init__(
         self,
         cluster: Cluster,
-        workload: Workload | Trace | None = None,
+        workload: RequestSource | None = None,
         *,
         seed: int = 0,
         event_order: EventOrder = "type",
@@ -104,19 +110,16 @@ class Simulation:
         self.workload = workload
         self.seed = _checked_seed(seed)
         self.env = Environment(event_order)
-        self._streams = {
-            name: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-            for index, name in enumerate(STREAMS)
-        }
+        self._streams = streams_of(self.seed)
         names = checked_record(record)
-        self._record_to = None if record_to is None else new_directory(record_to)
-        self._logs = {
-            name: make_log(name, self.env, cluster, self._users_of, self._record_to)
+        self.record_to = None if record_to is None else new_directory(record_to)
+        self.logs = {
+            name: make_log(name, self.env, cluster, self._users_of, self.record_to)
             for name in names
         }
-        self._request_log = RequestLog(self._record_to)
-        self._num_refused = 0
-        self._last_refusal = ""
+        self.request_log = RequestLog(self.record_to)
+        self.num_refused = 0
+        self.last_refusal = ""
         self._roster = Roster()
         self._live = self._roster.live
         self._until: float | None = None
@@ -149,7 +152,7 @@ class Simulation:
     def _users_of(self, replica_id: int, stage_id: int) -> Sequence[Any]:
         return self.replicas[replica_id].stages[stage_id].users
 
-    def _start_workload(self, workload: Workload | Trace) -> None:
+    def _start_workload(self, workload: RequestSource) -> None:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
@@ -157,15 +160,15 @@ class Simulation:
         self.env.process(arrivals(self.env, expected, self.router))
 
     def _refuse(self, request: Request) -> None:
-        self._num_refused += 1
-        self._last_refusal = request.refusal
+        self.num_refused += 1
+        self.last_refusal = request.refusal
         self._complete(request)
 
     def _complete(self, request: Request) -> None:
         """Keep the row of a request that is complete or refused, and tell who waits for it."""
         assert request.request_id is not None
         self._live.pop(request.request_id, None)
-        self._request_log.append(request)
+        self.request_log.append(request)
         if request.done is not None:
             request.done.succeed(request)
         if self._bar is not None:
@@ -173,13 +176,13 @@ class Simulation:
 
     def _keep(self, columns: Mapping[str, Any]) -> None:
         """Keep the rows of requests of the workload that are complete."""
-        self._request_log.append_columns(columns)
+        self.request_log.append_columns(columns)
         if self._bar is not None:
             self._bar.tick()
 
     def _is_watched(self) -> bool:
         """Whether a bar shows how far the run is; rows that go to files stay together."""
-        return self._bar is not None and self._record_to is None
+        return self._bar is not None and self.record_to is None
 
     # -- what a user does with it ------------------------------------------------------------
 
@@ -262,13 +265,13 @@ class Simulation:
 
     def _flush(self) -> None:
         """Write the rows that wait in memory for more, if rows go to files."""
-        for log in (self._request_log, *self._logs.values()):
+        for log in (self.request_log, *self.logs.values()):
             log.flush()
 
     @property
     def _num_missing(self) -> int:
         """Requests expected or submitted that have no row, when all should have one."""
-        return self._roster.num_expected + self._roster.num_submitted - len(self._request_log)
+        return self._roster.num_expected + self._roster.num_submitted - len(self.request_log)
 
     def _stuck(self) -> str:
         stuck = sorted(self._live)
@@ -282,18 +285,18 @@ class Simulation:
     def result(self) -> Result:
         """Return everything computed so far; the simulation can go on afterwards."""
         tables: dict[str, Any] = {
-            "requests": self._request_log.columns(self._arrived()),
+            "requests": self.request_log.columns(self.under_way()),
             "replicas": replica_columns(self.replicas, self.cluster.deployment, self.env.now),
             "timeline": timeline_columns(self.replicas),
         }
-        tables.update((name, log.columns()) for name, log in self._logs.items())
+        tables.update((name, log.columns()) for name, log in self.logs.items())
         config = dump_config(
             cluster=self.cluster,
             workload=self.workload,
             seed=self.seed,
             event_order=self.env.event_order,
             until=self._until,
-            record=list(self._logs) or None,
+            record=list(self.logs) or None,
         )
         return Result(
             tables,
@@ -307,14 +310,15 @@ class Simulation:
             },
         )
 
-    def _arrived(self) -> list[Request]:
+    def under_way(self) -> list[Request]:
+        """Return the requests that have arrived and are neither complete nor refused."""
         return self._roster.arrived(self.env.now, self.router.queue)
 
     def _run_bar(self, until: float | simpy.Event | None) -> RunBar:
         num_expected = self._roster.num_expected
         bar = RunBar(
             instant=lambda: self.env.now,
-            num_done=lambda: len(self._request_log),
+            num_done=lambda: len(self.request_log),
             # Clients go on for as long as they like: only a workload says how many there will be.
             num_expected=lambda: num_expected and num_expected + self._roster.num_submitted,
             until=float(until) if isinstance(until, Real) else None,
@@ -326,7 +330,7 @@ class Simulation:
 
 def simulate(
     cluster: Cluster,
-    workload: Workload | Trace,
+    workload: RequestSource,
     *,
     seed: int = 0,
     event_order: EventOrder = "type",

@@ -61,7 +61,7 @@ def _counts(simulation: Simulation) -> _Counts:
         done=sum(map(_num_done, replicas)),
         running=sum(replica.scheduler.num_running for replica in replicas),
         waiting=len(router.queue) + sum(replica.num_waiting for replica in replicas),
-        refused=simulation._num_refused,
+        refused=simulation.num_refused,
     )
 
 
@@ -92,25 +92,24 @@ def _lines(simulation: Simulation) -> list[tuple[str, str]]:
     ]
     if simulation.num_expected:
         lines.append(("expected", f"{simulation.num_expected:,} requests of the workload"))
-    if simulation._last_refusal:
-        lines.append(("refused last for", simulation._last_refusal))
+    if simulation.last_refusal:
+        lines.append(("refused last for", simulation.last_refusal))
     return [*lines, ("next event", _next_event(simulation)), ("recorded", _recorded(simulation))]
 
 
 def _next_event(simulation: Simulation) -> str:
-    env = simulation.env
-    instant = env.peek()  # which passes over what was cancelled
-    if instant == inf:
+    entry = simulation.env.next_entry
+    if entry is None or entry[0] == inf:
         return "none"
-    event = env._queue[0][3]
+    instant, _, _, event = entry
     if isinstance(event, TypedEvent):
         return f"{event.event_type.name} at {instant:.9g} s"
     return f"{type(event).__name__} of a process at {instant:.9g} s"
 
 
 def _recorded(simulation: Simulation) -> str:
-    names = ["requests", "replicas", "timeline", *simulation._logs]
-    folder = simulation._record_to
+    names = ["requests", "replicas", "timeline", *simulation.logs]
+    folder = simulation.record_to
     return ", ".join(names) + (f"; rows go to {str(folder)!r}" if folder is not None else "")
 
 

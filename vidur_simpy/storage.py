@@ -125,9 +125,9 @@ def read_result(
     }
     config = _read_config(source) if CONFIG in manifest["files"] else None
     for file in [content["file"] for content in manifest["tables"].values()]:
-        _check_sum(source / file, manifest)
+        _check_unchanged(source / file, manifest)
     if config is not None:
-        _check_sum(source / CONFIG, manifest)
+        _check_unchanged(source / CONFIG, manifest)
     return tables, config, manifest["info"]
 
 
@@ -235,7 +235,7 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _check_sum(path: Path, manifest: Mapping[str, Any]) -> None:
+def _check_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raise if a file that could be read is not the one that was written."""
     expected = manifest.get("checksums", {}).get(path.name)
     if expected is not None and _checksum(path) != expected:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vidur_simpy.result import Result
 
 __all__ = [
+    "LATENCIES",
+    "QUANTILES",
     "aligned",
     "as_html",
     "as_text",

@@ -17,8 +17,9 @@ from vidur_simpy.processes import Replica, Router
 
 __all__ = ["checked_record", "make_log", "make_replicas", "make_router"]
 
-# Rows of the timeline, shared by the replicas.
+# Rows of the timeline, shared by the replicas, and the least and the most that each has.
 TIMELINE_ROWS = 8_192
+MIN_ROWS, MAX_ROWS = 64, 1_024
 
 
 def make_replicas(
@@ -26,7 +27,7 @@ def make_replicas(
 ) -> list[Replica]:
     """Make the replicas; each tells `on_completed` the requests that are complete."""
     stage_time = cluster.stage_time()
-    capacity = min(1_024, max(64, TIMELINE_ROWS // cluster.num_replicas))
+    capacity = min(MAX_ROWS, max(MIN_ROWS, TIMELINE_ROWS // cluster.num_replicas))
     replicas = []
     for replica_id in range(cluster.num_replicas):
         pool = cluster.make_pool()

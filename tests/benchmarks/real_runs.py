@@ -46,7 +46,9 @@ import vidur_simpy as vs
 from vidur_simpy.execution_time.profile import Profile
 from vidur_simpy.replica_scheduler.vllm_v1_release import VLLM_VERSIONS
 
-SHARED = Path(os.environ.get("VIDUR_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+SHARED = Path(
+    os.environ.get("VIDUR_SHARED") or Path(__file__).resolve().parents[2].parent / "shared"
+)
 RUNS = SHARED / "data/reference/llmservingsim_vllm_bench"
 PROFILES = SHARED / "data/reference/llmservingsim_profiles"
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from shared_folder import REPOSITORY, SHARED
 
 from .vidur import PlainCase
 
 __all__ = ["Expected", "case_folders", "golden_root", "read_case"]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 Event = tuple[float, str, int | None, int | None]
 
 
@@ -30,8 +30,7 @@ class Expected:
 
 def golden_root() -> Path | None:
     """The folder of all golden cases beside the repository, else of those in it, else None."""
-    shared = Path(os.environ.get("VIDUR_SHARED", REPOSITORY.parent / "shared"))
-    for folder in (shared / "golden" / "vidur", REPOSITORY / "tests" / "golden" / "vidur"):
+    for folder in (SHARED / "golden" / "vidur", REPOSITORY / "tests" / "golden" / "vidur"):
         if folder.is_dir():
             return folder
     return None

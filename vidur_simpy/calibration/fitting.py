@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "ROBUST_AT",
     "Fit",
     "averaged_least_squares",
     "blocks_of",
@@ -87,7 +88,7 @@ def blocks_of(runs: NDArray[np.intp]) -> NDArray[np.intp]:
     ([0, 1, 2, 3], [3, 3, 0, 1, 2])
     """
     names, run, counts = np.unique(runs, return_inverse=True, return_counts=True)
-    pieces = max(1, -(-NUM_BLOCKS // len(names)) if len(names) < NUM_BLOCKS // 2 else 1)
+    pieces = -(-NUM_BLOCKS // len(names)) if len(names) < NUM_BLOCKS // 2 else 1
     order = np.argsort(run, kind="stable")
     place = np.empty(len(runs), np.intp)
     place[order] = np.concatenate([np.arange(count) for count in counts])

@@ -140,8 +140,7 @@ class Replay:
 
 
 def _simulated(cluster: Cluster, run: MeasuredRequests) -> Result:
-    workload: Any = run  # it has what a simulation asks of one
-    result = simulate(cluster, workload, record=("batches",), progress=False)
+    result = simulate(cluster, run, record=("batches",), progress=False)
     refused = result.requests.loc[result.requests["refusal"] != "", "refusal"]
     if len(refused):
         raise ConfigError(

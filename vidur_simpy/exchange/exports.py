@@ -87,6 +87,8 @@ class Exports:
 
         Raises
         ------
+        ConfigError
+            If a limit is out of range.
         VidurError
             If the file is there, or cannot be written.
         """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vidur_simpy.series import Steps, steps_of
 from vidur_simpy.summary import num_output_tokens
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def gaps_between_tokens(result: Result) -> list[NDArray[np.float64] | None]:
     requests = result.requests
     if "batches" not in result.tables:
         return [None] * len(requests)
-    steps = _steps(result)
+    steps = steps_of(result)
+    steps = steps.take(~np.isnan(steps.time)).by_request()
     ids = requests["request_id"].to_numpy()
     rows = zip(
         np.searchsorted(steps.request_id, ids, side="left").tolist(),
@@ -60,46 +62,14 @@ def gaps_between_tokens(result: Result) -> list[NDArray[np.float64] | None]:
     return gaps
 
 
-class _Steps(NamedTuple):
-    """What batches did for requests: a row per request and batch, by request, then by time."""
-
-    request_id: NDArray[np.int64]
-    time: NDArray[np.float64]
-    num_tokens: NDArray[np.int64]
-    is_decode: NDArray[np.bool_]
-
-    def take(self, rows: slice | NDArray[np.int64]) -> _Steps:
-        """Return some of the rows."""
-        return _Steps(
-            self.request_id[rows], self.time[rows], self.num_tokens[rows], self.is_decode[rows]
-        )
-
-
-def _steps(result: Result) -> _Steps:
-    batches = result.batches
-    batches = batches[batches["completed_at"].notna()]
-    sizes = batches["request_ids"].map(len).to_numpy(dtype=np.int64)
-    total = int(sizes.sum())
-    request_id, num_tokens = (
-        np.fromiter((item for row in batches[name] for item in row), dtype=np.int64, count=total)
-        for name in ("request_ids", "num_tokens")
-    )
-    time = np.repeat(batches["completed_at"].to_numpy(), sizes)
-    # In a batch the decodes, of one token each, come before the prefill chunks.
-    first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    num_decodes = np.repeat(batches["num_decode_tokens"].to_numpy(), sizes)
-    is_decode = np.arange(total) - first < num_decodes
-    return _Steps(request_id, time, num_tokens, is_decode).take(np.lexsort((time, request_id)))
-
-
-def _followed_by_decode(steps: _Steps, prompt: int) -> NDArray[np.bool_]:
+def _followed_by_decode(steps: Steps, prompt: int) -> NDArray[np.bool_]:
     """Return which steps yield a token, if the last chunk of a prefill comes before a decode."""
     is_followed_by_chunk = np.append(~steps.is_decode[1:], False)[: len(steps.time)]
     yields: NDArray[np.bool_] = steps.is_decode | ~is_followed_by_chunk
     return yields
 
 
-def _counted(steps: _Steps, prompt: int) -> NDArray[np.bool_]:
+def _counted(steps: Steps, prompt: int) -> NDArray[np.bool_]:
     """Return which steps yield a token, from the tokens that each prefill has to compute.
 
     Slower, but right also if a request was restarted between its prefill and its first decode.

@@ -14,6 +14,7 @@ from vidur_simpy.errors import ProfileError
 from vidur_simpy.execution_time import kernel_database
 from vidur_simpy.execution_time.cache import Arrays, cached
 from vidur_simpy.execution_time.kernel_tables import GRIDS, tabulated
+from vidur_simpy.execution_time.lookup import Lookup
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
@@ -144,18 +145,6 @@ class AIConfigurator:
         )
 
 
-class Table(dict[int, float]):
-    """The values of a function of a number, each computed when it is first asked for."""
-
-    def __init__(self, function: Callable[[int], float]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, number: int) -> float:
-        value = self[number] = self._function(number)
-        return value
-
-
 class AIConfiguratorStageTime:
     """The measured times of one replica: call it with a batch and a stage for the seconds.
 
@@ -182,9 +171,9 @@ class AIConfiguratorStageTime:
         stages = range(num_stages)
         self._token_times = tables["token_times"].sum(axis=0) / num_stages
         self._decode_token_times = tables["decode_token_times"].sum(axis=0) / num_stages
-        self._decode_starts = [Table(self._decode_start_of(stage)) for stage in stages]
-        self._starts = [Table(self._start_of(stage)) for stage in stages]
-        self._lm_heads = Table(self._lm_head_time)
+        self._decode_starts = [Lookup(self._decode_start_of(stage)) for stage in stages]
+        self._starts = [Lookup(self._start_of(stage)) for stage in stages]
+        self._lm_heads = Lookup(self._lm_head_time)
         self._contexts: list[float] = tables["contexts"].astype(float).tolist()
         self._context_array = tables["contexts"].astype(float)
         self._decode_lines: dict[int, Line] = {}

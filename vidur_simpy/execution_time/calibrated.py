@@ -9,7 +9,8 @@ from pydantic import Field, SkipValidation
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.execution_time.interface import stage_time_of
-from vidur_simpy.execution_time.roofline import Roofline, Table
+from vidur_simpy.execution_time.lookup import Lookup
+from vidur_simpy.execution_time.roofline import Roofline
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ class CalibratedStageTime:
         self._per_sequence = [0.0 if i else time_scale * calibrated.per_sequence for i in stages]
         # The base's times of so many decodes without context, and what goes on top of its time
         # with context.
-        self._starts = [Table(self._start_of(stage_id)) for stage_id in stages]
-        self._offsets = [Table(self._offset_of(stage_id)) for stage_id in stages]
+        self._starts = [Lookup(self._start_of(stage_id)) for stage_id in stages]
+        self._offsets = [Lookup(self._offset_of(stage_id)) for stage_id in stages]
         if hasattr(self._base, "decode_times"):
             self.decode_times = self._decode_times
         if hasattr(self._base, "operators"):

@@ -14,6 +14,7 @@ from vidur_simpy.errors import ProfileError
 from vidur_simpy.execution_time.factors import RooflineFactors
 from vidur_simpy.execution_time.interpolation import Grid, leave_one_out_error
 from vidur_simpy.execution_time.links import Links
+from vidur_simpy.execution_time.lookup import Lookup
 from vidur_simpy.execution_time.operator_attention import MeasuredAttention, Range, curve, nested
 from vidur_simpy.execution_time.operator_files import Measured, OperatorFiles, read_operator_files
 from vidur_simpy.precision import BF16_BYTES
@@ -38,18 +39,6 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 SLOWEST_READ, FASTEST_READ = 1 / 50, 3.0
 """Bounds on the bandwidth at which a product of one row reads its weights, as multiples of the
 device's: beyond them times cannot be microseconds."""
-
-
-class Table(dict[int, float]):
-    """The values of a function of a number, each computed when it is first asked for."""
-
-    def __init__(self, function: Callable[[int], float]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, number: int) -> float:
-        value = self[number] = self._function(number)
-        return value
 
 
 def llmservingsim_stage_time(profile: Profile, deployment: Deployment) -> TableStageTime:
@@ -112,9 +101,11 @@ class TableStageTime:
         self._ways = ways
         self._cpu_overhead = profile.cpu_overhead
         self._prefill_overhead = profile.prefill_overhead
-        self._with_prefill = [Table(self._fixed(stage, True)) for stage in range(num_stages)]
-        self._decodes_only = [Table(self._fixed(stage, False)) for stage in range(num_stages)]
-        self._head_times = Table(lambda sequences: sum(self._head_operators(sequences).values()))
+        self._with_prefill = [Lookup(self._fixed(stage, True)) for stage in range(num_stages)]
+        self._decodes_only = [Lookup(self._fixed(stage, False)) for stage in range(num_stages)]
+        self._head_times: Lookup[int, float] = Lookup(
+            lambda sequences: sum(self._head_operators(sequences).values())
+        )
 
     @functools.cached_property
     def errors(self) -> dict[str, float]:

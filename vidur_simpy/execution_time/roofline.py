@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from vidur_simpy.execution_time.factors import RooflineFactors
 from vidur_simpy.execution_time.links import Links
+from vidur_simpy.execution_time.lookup import Lookup
 from vidur_simpy.execution_time.operators import (
     Kernels,
     Mixture,
@@ -21,7 +21,7 @@ from vidur_simpy.execution_time.operators import (
 from vidur_simpy.validation import configuration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -37,24 +37,6 @@ __all__ = ["Roofline", "RooflineFactors", "RooflineStageTime", "RooflineStages"]
 _FEW = 32
 # Contexts that a table keeps; some 6 MB.
 _MANY = 65_536
-
-
-class Table(dict[int, float]):
-    """The values of a function of a number, each computed when it is first asked for.
-
-    When there are `capacity` of them, all are forgotten.
-    """
-
-    def __init__(self, function: Callable[[int], float], capacity: float = math.inf) -> None:
-        super().__init__()
-        self._function = function
-        self._capacity = capacity
-
-    def __missing__(self, number: int) -> float:
-        if len(self) >= self._capacity:
-            self.clear()
-        value = self[number] = self._function(number)
-        return value
 
 
 @configuration
@@ -120,15 +102,7 @@ class Roofline:
 
 
 class RooflineStageTime(Protocol):
-    """The roofline of one replica: call it with a batch and a stage for the seconds.
-
-    Attributes
-    ----------
-    factors_name : str
-        The set of fitted factors in use.
-    """
-
-    factors_name: str
+    """The roofline of one replica: call it with a batch and a stage for the seconds."""
 
     def __call__(self, batch: BatchCounts, stage_id: int) -> float:
         """Return the seconds that a stage, counted from 0, takes for a batch."""
@@ -160,7 +134,6 @@ class RooflineStages:
         expert_imbalance: float = 1.0,
     ) -> None:
         model, num_stages = deployment.model, deployment.pipeline_parallel_size
-        self.factors_name = factors.name
         self._kernels = Kernels(deployment.device, factors)
         self._links = Links(deployment, factors)
         self._attention = attention_of(deployment, self._kernels)
@@ -188,9 +161,9 @@ class RooflineStages:
         # lists and dictionaries are the fastest to look up.
         self._fixed_times: list[dict[int, float]] = [{} for _ in stages]
         self._sequence_times: list[list[list[float]]] = [[] for _ in stages]
-        self._decode_starts = [Table(functools.partial(self._start, stage)) for stage in stages]
+        self._decode_starts = [Lookup(functools.partial(self._start, stage)) for stage in stages]
         self._chunk_times: dict[int, tuple[float, float]] = {}
-        self._expansion_times = Table(self._attention.expansion_time, _MANY)
+        self._expansion_times = Lookup(self._attention.expansion_time, _MANY)
 
     def stage_time(self) -> RooflineStageTime:
         """Return the stage times, as a function: it is called faster than an object is."""
@@ -232,7 +205,6 @@ class RooflineStages:
             function = self._with_expansion(function)
         if self._num_sliding:
             function = self._with_windows(function)
-        function.factors_name = self.factors_name
         function.operators, function.decode_times = self.operators, self.decode_times
         return function  # type: ignore[no-any-return]
 

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from vidur_simpy.execution_time.profile import Profile
 
 __all__ = [
+    "CHUNK_STEP",
+    "CONTEXT_STEP",
     "CPU_OPERATORS",
     "MLP_OPERATORS",
+    "TOKEN_STEP",
     "Feature",
     "Measured",
     "MeasuredOperator",

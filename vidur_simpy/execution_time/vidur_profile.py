@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vidur_simpy.errors import ProfileError
+from vidur_simpy.execution_time.lookup import Lookup
 from vidur_simpy.execution_time.vidur_operators import (
     CHUNK_STEP,
     CONTEXT_STEP,
@@ -32,21 +33,6 @@ SEVERAL_REQUESTS = 1.1
 
 ALL_REDUCE_LAUNCH = 0.02e-3
 """Seconds that launching an all-reduce takes; Vidur's further term for skew is 0."""
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class Lookup(dict[Key, Value], Generic[Key, Value]):
-    """The values of a function, each computed when it is first asked for."""
-
-    def __init__(self, function: Callable[[Key], Value]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, key: Key) -> Value:
-        value = self[key] = self._function(key)
-        return value
 
 
 class Operator:

@@ -16,7 +16,7 @@ from vidur_simpy.precision import BF16_BYTES
 if TYPE_CHECKING:
     from vidur_simpy.deployment import Deployment
 
-__all__ = ["Bounds", "MeasuredTable"]
+__all__ = ["Bounds", "MeasuredTable", "Sizes"]
 
 MILLISECOND = 1e-3
 

@@ -38,6 +38,7 @@ __all__ = [
     "MIN_BATCHES",
     "NUM_SPANS",
     "ORANGE",
+    "PURPLE",
     "SKY_BLUE",
     "VERMILLION",
     "as_label",
@@ -46,6 +47,7 @@ __all__ = [
     "label_of",
     "legend_above",
     "make_axes",
+    "make_axis_logarithmic",
     "make_logarithmic",
     "mark_look",
     "marks_of",
@@ -180,6 +182,17 @@ def make_logarithmic(ax: Axes) -> None:
     # A curve drawn before may have set the left end to 0, which has no place on this axis.
     ax.set_xlim(positive.min() / 1.1, positive.max() * 1.1)
     plain_logarithmic(ax.xaxis, *ax.get_xlim())
+
+
+def make_axis_logarithmic(axis: Axis, values: NDArray[np.float64]) -> None:
+    """Make an axis logarithmic, with plain numbers, if any of the values can be on one."""
+    from matplotlib.axis import XAxis
+
+    positive = values[(values > 0) & np.isfinite(values)]
+    if len(positive):
+        set_scale = axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale
+        set_scale("log")
+        plain_logarithmic(axis, positive.min(), positive.max())
 
 
 def plain_logarithmic(axis: Axis, low: float, high: float) -> None:

@@ -63,7 +63,7 @@ def heatmap(result: Result, quantity: str = "running", ax: Axes | None = None) -
 
     Notes
     -----
-    Samples are taken when batches are formed. A long run keeps 64 to 2,048 of each replica, so
+    Samples are taken when batches are formed. A long run keeps 64 to 1,024 of each replica, so
     that the map of many replicas is coarse in time.
     """
     if quantity not in QUANTITIES:

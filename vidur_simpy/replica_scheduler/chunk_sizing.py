@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from vidur_simpy.decode_set import DecodeSet
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 
-__all__ = ["Draft", "GrowingBatch", "PrefillTimes", "chunk_of", "tokens_for_time"]
+__all__ = ["MOST_TRIED", "Draft", "GrowingBatch", "PrefillTimes", "chunk_of", "tokens_for_time"]
 
 MOST_TRIED = 1024  # tokens the search looks at
 CHUNK_MULTIPLE = 32

@@ -30,12 +30,14 @@ __all__ = [
     "ResortedQueue",
     "SortedQueue",
     "WaitingQueue",
+    "checked",
     "edf",
     "fcfs",
     "lrs",
     "priority",
     "queue_of",
     "sjf",
+    "sorted_by",
     "spt",
 ]
 

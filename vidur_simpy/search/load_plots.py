@@ -12,16 +12,16 @@ from vidur_simpy.plots.drawing import (
     as_label,
     legend_above,
     make_axes,
+    make_axis_logarithmic,
     say_empty,
 )
 from vidur_simpy.search.run_tables import run_table
 from vidur_simpy.search.search_plots import (
     MARKERS,
     REACH,
-    _groups,
-    _logarithmic,
-    _named,
-    _with_numbers,
+    groups_of,
+    named,
+    with_numbers,
 )
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ def plot_throughput_latency(
         if column not in table:
             raise unknown_name("column", column, map(str, table.columns))
     ax = make_axes(ax, height=4.5)
-    shown = _with_numbers(_means(table, columns, latency, throughput), latency, throughput)
-    for index, (name, rows) in enumerate(_groups(shown, columns)):
+    shown = with_numbers(_means(table, columns, latency, throughput), latency, throughput)
+    for index, (name, rows) in enumerate(groups_of(shown, columns)):
         rows = rows.sort_values(throughput)
         ax.plot(rows[throughput], rows[latency], **_curve_look(index), label=as_label(name))
     if shown.empty:
         say_empty(ax, f"no row has a number in {latency} and {throughput}")
     else:
-        _logarithmic(ax.yaxis, shown[latency].to_numpy(float))
+        make_axis_logarithmic(ax.yaxis, shown[latency].to_numpy(float))
     if limit is not None:
         ax.axhline(limit, color="0.2", linestyle="--", linewidth=1, label=f"limit {limit:g} s")
-    ax.set_xlabel(_named(throughput))
-    ax.set_ylabel(_named(latency))
+    ax.set_xlabel(named(throughput))
+    ax.set_ylabel(named(latency))
     ax.set_title("Latency against throughput" + _told_by(columns))
     if columns or limit is not None:
         legend_above(ax)
@@ -133,8 +133,8 @@ def plot_attainment(
         if column not in table:
             raise unknown_name("column", column, map(str, table.columns))
     ax = make_axes(ax, height=4.5)
-    shown = _with_numbers(table, "slo_attainment", load)
-    curves = [("slo_attainment", name, rows) for name, rows in _groups(shown, columns)]
+    shown = with_numbers(table, "slo_attainment", load)
+    curves = [("slo_attainment", name, rows) for name, rows in groups_of(shown, columns)]
     if not columns:
         curves[0] = ("slo_attainment", "all limits", shown)
         limits = [name for name in ("ttft", "tpot", "e2e", "itl") if f"slo_{name}" in table]
@@ -155,10 +155,10 @@ def plot_attainment(
     if shown.empty:
         say_empty(ax, f"no row has a number in slo_attainment and {load}")
     elif (shown[load] > 0).all() and shown[load].max() > REACH * shown[load].min():
-        _logarithmic(ax.xaxis, shown[load].to_numpy(float))
+        make_axis_logarithmic(ax.xaxis, shown[load].to_numpy(float))
     ax.set_ylim(0, 105)
     is_rate = load.rpartition(".")[2] == "rate"
-    ax.set_xlabel("arrival rate (requests/s)" if is_rate else _named(load))
+    ax.set_xlabel("arrival rate (requests/s)" if is_rate else named(load))
     ax.set_ylabel("requests within limits (%)")
     ax.set_title("SLO attainment against load" + _told_by(columns))
     if ax.lines:
@@ -210,7 +210,7 @@ def _means(table: pd.DataFrame, columns: list[str], *numbers: str) -> pd.DataFra
 
 
 def _told_by(columns: list[str]) -> str:
-    names = ", ".join(_named(column) for column in columns if column != "run")
+    names = ", ".join(named(column) for column in columns if column != "run")
     return f", by {names}" if names else ""
 
 

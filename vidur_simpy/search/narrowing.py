@@ -8,7 +8,7 @@ from typing import Any
 
 from vidur_simpy.errors import ConfigError
 
-__all__ = ["Rank", "least_share", "proposed", "successive_halving"]
+__all__ = ["NUM_FINALISTS", "Rank", "least_share", "proposed", "successive_halving"]
 
 Rank = tuple[float, ...]
 """How good a point looks, lower for better: 0, its objective, and what else decides; 1 and how many

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.errors import ConfigError
+from vidur_simpy.streams import streams_of
 from vidur_simpy.workload import Arrivals, Trace, Workload
 
 if TYPE_CHECKING:
@@ -152,12 +153,8 @@ def is_random(workload: Workload | Trace) -> bool:
 
 
 def _drawn(workload: Workload | Trace, seed: int) -> NDArray[np.float64]:
-    # The streams of a simulation with this seed.
-    arrivals, lengths = (
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-        for index in range(2)
-    )
-    return workload.requests(arrivals, lengths).arrived_at
+    streams = streams_of(seed)
+    return workload.requests(streams["arrivals"], streams["lengths"]).arrived_at
 
 
 def _arrivals_of(workload: Workload | Trace) -> object:

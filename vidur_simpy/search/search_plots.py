@@ -16,7 +16,7 @@ from vidur_simpy.plots.drawing import (
     GREEN,
     VERMILLION,
     make_axes,
-    plain_logarithmic,
+    make_axis_logarithmic,
     say_empty,
 )
 from vidur_simpy.search.fronts import pareto
@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from vidur_simpy.search.capacity_search import Capacity
     from vidur_simpy.search.slo import Requirement
 
-__all__ = ["capacity_curve", "plot_front"]
+__all__ = [
+    "MARKERS",
+    "REACH",
+    "capacity_curve",
+    "groups_of",
+    "named",
+    "plot_front",
+    "with_numbers",
+]
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LOOKS = {"meets": ("o", BLUE), "misses": ("X", VERMILLION), "cannot tell": ("s", "white")}
@@ -80,8 +88,8 @@ def capacity_curve(
         ax.axvline(
             found.rate, color=GREEN, linestyle="-.", label=f"{digits(found.rate)} requests/s"
         )
-    _logarithmic(ax.xaxis, rate)
-    _logarithmic(ax.yaxis, np.array([floor, ceiling]))
+    make_axis_logarithmic(ax.xaxis, rate)
+    make_axis_logarithmic(ax.yaxis, np.array([floor, ceiling]))
     ax.set_ylim(floor, ceiling)
     ax.set_xlabel("arrival rate (requests/s)")
     name = "worst ratio of latency to limit" if unit == "ratio" else f"{chosen.name} ({unit})"
@@ -130,11 +138,11 @@ def plot_front(
     among = table if eligible is None else table.loc[np.asarray(eligible, dtype=bool)]
     front = pareto(among, x, y, maximise=maximise)
     ax = make_axes(ax, height=4.5)
-    shown = _with_numbers(table, x, y)
+    shown = with_numbers(table, x, y)
     if shown.empty:
         say_empty(ax, f"no row has a number in {x} and {y}")
         return ax
-    groups = _groups(shown, [] if by is None else [by])
+    groups = groups_of(shown, [] if by is None else [by])
     for index, (name, rows) in enumerate(groups):
         ax.plot(
             rows[x],
@@ -155,9 +163,9 @@ def plot_front(
     for axis, column in ((ax.xaxis, x), (ax.yaxis, y)):
         values = shown[column].to_numpy(float)
         if values.min() > 0 and values.max() > REACH * values.min():
-            _logarithmic(axis, values)
-    ax.set_xlabel(_named(x, maximise))
-    ax.set_ylabel(_named(y, maximise))
+            make_axis_logarithmic(axis, values)
+    ax.set_xlabel(named(x))
+    ax.set_ylabel(named(y))
     ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten", pad=26)
     ax.margins(x=0.08)
     ax.legend(**ABOVE, ncols=5)
@@ -184,14 +192,14 @@ def _column(requirement: Requirement) -> str:
     )
 
 
-def _with_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+def with_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Return the rows that have a finite number in some columns."""
     is_there = np.isfinite(table[list(columns)].to_numpy(np.float64)).all(axis=1)
     kept: pd.DataFrame = table.loc[is_there]
     return kept
 
 
-def _groups(table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataFrame]]:
+def groups_of(table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataFrame]]:
     """Return the rows of each combination of some columns, with its name."""
     for column in columns:
         if column not in table:
@@ -202,7 +210,7 @@ def _groups(table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataF
     return [(", ".join(map(str, key)), rows) for key, rows in groups]
 
 
-def _named(column: str, maximise: Collection[str] = ()) -> str:
+def named(column: str) -> str:
     """Return a column in words, with its unit."""
     words = column.rpartition(".")[2].split("_")
     units = {"ttft": "s", "tpot": "s", "itl": "s", "e2e": "s"}
@@ -221,12 +229,3 @@ def _write_labels(ax: Axes, front: pd.DataFrame, x: str, y: str, columns: list[s
         text = ", ".join(str(row[column]) for column in columns)
         place: Any = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "x-small"}
         ax.annotate(text, (float(row[x]), float(row[y])), **place)
-
-
-def _logarithmic(axis: Any, values: Any) -> None:
-    """Make an axis logarithmic with plain numbers."""
-    positive = np.asarray(values, float)
-    positive = positive[(positive > 0) & np.isfinite(positive)]
-    if len(positive):
-        axis._set_axes_scale("log")
-        plain_logarithmic(axis, positive.min(), positive.max())

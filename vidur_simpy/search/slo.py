@@ -25,7 +25,16 @@ from vidur_simpy.validation import configuration
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Assessment", "Requirement", "Slo", "assess", "combined_verdict", "ratios", "read_slo"]
+__all__ = [
+    "Assessment",
+    "Requirement",
+    "Slo",
+    "Verdict",
+    "assess",
+    "combined_verdict",
+    "ratios",
+    "read_slo",
+]
 
 METRICS = ("ttft", "tpot", "e2e", "scheduling_delay", "itl")
 

@@ -287,6 +287,7 @@ def check_effort(function: str, confidence: float, max_replications: int) -> Non
     Raises
     ------
     ConfigError
+        If the confidence is not between 0 and 1, or the number not a whole one of 1 or more.
     """
     if isinstance(confidence, bool) or not (
         isinstance(confidence, int | float) and 0 < confidence < 1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "MIN_EFFECTIVE",
     "Interval",
     "Runs",
     "difference_interval",

@@ -121,7 +121,7 @@ class Blocks:
 def joint_intervals(
     differences: NDArray[np.float64], num_blocks: int, confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return by how much below and above each estimate its interval reaches.
+    """Return the standard error of each difference, and how far its interval reaches.
 
     All intervals hold together with this confidence: their common width, in standard errors, is
     what the largest deviation of a draw stays within (the "max-T" bootstrap).
@@ -137,7 +137,7 @@ def joint_intervals(
     Returns
     -------
     tuple of ndarray, shape (k,)
-        Standard errors, and half widths.
+        Standard errors, and half widths: intervals reach as far to either side.
     """
     deviations = differences[1:] - differences[0]
     errors = np.sqrt((deviations**2).mean(axis=0) * num_blocks / max(1, num_blocks - 1))

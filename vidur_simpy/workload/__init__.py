@@ -26,7 +26,7 @@ from vidur_simpy.workload.lengths import (
 )
 from vidur_simpy.workload.requests import RequestArrays
 from vidur_simpy.workload.traces import read_arrivals, read_lengths, read_trace
-from vidur_simpy.workload.workload import Trace, Workload
+from vidur_simpy.workload.workload import RequestSource, Trace, Workload
 
 __all__ = [
     "ARRIVALS",
@@ -42,6 +42,7 @@ __all__ = [
     "Poisson",
     "PublishedLengths",
     "RequestArrays",
+    "RequestSource",
     "Trace",
     "TraceArrivals",
     "TraceLengths",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,19 @@ from vidur_simpy.workload.lengths import Clip, Lengths, LengthsPair, clip_length
 from vidur_simpy.workload.requests import RequestArrays
 from vidur_simpy.workload.traces import TraceFormat, read_trace
 
-__all__ = ["Trace", "Workload"]
+__all__ = ["RequestSource", "Trace", "Workload"]
+
+
+class RequestSource(Protocol):
+    """What a simulation takes its requests from: a workload, a trace, or what a user writes."""
+
+    def requests(
+        self,
+        rng_arrivals: np.random.Generator,
+        rng_lengths: np.random.Generator,
+        max_model_len: int | None = None,
+    ) -> RequestArrays:
+        """Return the requests, as `Workload.requests` draws them."""
 
 
 @configuration
@@ -195,6 +207,8 @@ class Trace:
 
         Raises
         ------
+        ConfigError
+            If a factor makes a request too long, or is more than 1 on prompts with hash ids.
         TraceError
             An unusable file, fewer requests in it than are asked for, or a request of a priority
             without an SLO.
