@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["Columns", "column", "frame"]
+    Columns: TypeAlias = (
+        Mapping[str, Sequence[object] | NDArray[np.generic] | pd.Series] | pd.DataFrame
+    )
 
-Columns: TypeAlias = "Mapping[str, Sequence[object] | NDArray[Any] | pd.Series] | pd.DataFrame"
-"""What a table is made from."""
+__all__ = ["column", "frame"]
 
 # Types of the contract's columns that are neither times (float64) nor counts (int64).
 _KINDS = {
