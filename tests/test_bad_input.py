@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pytest
 from against_oracle import Given
 
@@ -334,6 +336,13 @@ def test_a_trace_out_of_order_is_sorted(write, cluster):
     assert requests.num_prefill_tokens.to_list() == [20, 40, 10, 30]
 
 
+def test_a_misspelt_column_of_a_trace_is_told(write, cluster):
+    """Nobody would read it, and the requests would all be equally urgent."""
+    write("t.csv", HEADER.strip() + ",priorty,region\n0.0,10,1,3,east\n")
+    with pytest.warns(UserWarning, match=r"t.csv: .* column 'priorty'; did you mean 'priority'"):
+        vs.simulate(cluster, vs.Trace("t.csv"))
+
+
 # Requests that can never run
 
 
@@ -459,7 +468,8 @@ def test_a_capacity_error_of_a_file_stays_one():
 
 
 @pytest.mark.parametrize(
-    "seconds", [-1.0, math.nan, math.inf, "fast", None, [1.0], np.array([1.0, 2.0])]
+    "seconds",
+    [-1.0, math.nan, math.inf, "fast", None, [1.0], np.array([1.0]), np.array([1.0, 2.0])],
 )
 def test_execution_times_are_finite_and_not_negative(make_cluster, seconds):
     """The batch, the stage and the value are named; the result so far is kept."""
@@ -472,6 +482,35 @@ def test_execution_times_are_finite_and_not_negative(make_cluster, seconds):
     assert "on stage 0 is" in str(caught.value)
     assert str(caught.value).endswith("expected a finite number >= 0.")
     assert caught.value.result.replicas.num_batches[0] == 2
+
+
+@pytest.mark.parametrize("seconds", [1, np.float32(1.0), np.int64(1), Fraction(1)])
+def test_execution_times_are_numbers_of_any_kind(make_cluster, seconds):
+    """Tables hold floats whatever a model gives."""
+    sim = Simulation(make_cluster(execution_time=lambda batch: seconds))
+    sim.submit(Request(10, 3))
+    sim.run()
+    assert sim.result().requests.completed_at.to_list() == [3.0]
+
+
+@pytest.mark.parametrize("times", [1.0, None, [1.0], np.ones((8, 1)), np.float64(1.0)])
+def test_times_of_decodes_are_as_many_as_asked(make_cluster, times):
+    """A value too few would shift all that follow."""
+
+    class Model:
+        def for_replica(self, deployment):
+            return self
+
+        def __call__(self, batch, stage_id):
+            return 1.0
+
+        def decode_times(self, num_decodes, decode_context, num_iterations, stage_id):
+            return times
+
+    sim = Simulation(make_cluster(execution_time=Model()))
+    sim.submit(Request(10, 50))
+    with pytest.raises(SimulationError, match=r"Model.decode_times\(\) gave .* for 8 iterations"):
+        sim.run()
 
 
 @pytest.mark.parametrize("function", [lambda: 1.0, lambda batch, stage_id, other: 1.0, int])
@@ -502,6 +541,86 @@ def test_lengths_of_the_users_own_are_checked(cluster, lengths, expected):
     """Row and value are named before anything runs."""
     with pytest.raises(ConfigError, match=expected):
         Simulation(cluster, vs.Workload(vs.Constant(1.0), lengths, num_requests=3))
+
+
+class Careless(vs.ContinuousBatching):
+    """Gives a new request whatever `batch_of` makes of it."""
+
+    batch_of = staticmethod(lambda request: None)
+
+    def __init__(self, resources):
+        super().__init__(resources, max_num_seqs=8)
+
+    def schedule(self, now):
+        return type(self).batch_of(self.waiting.popleft()) if self.waiting else None
+
+
+@pytest.mark.parametrize(
+    ("batch_of", "expected"),
+    [
+        (lambda request: 3, r"Careless.schedule\(\) gave 3: expected a Batch with tokens"),
+        (
+            lambda request: vs.Batch(),
+            r"schedule\(\) gave <Batch .* 0 decodes, 0 prompt tok",
+        ),
+        (lambda request: vs.Batch(None, [request]), r"Batch.prefills = .*: expected chunks, as"),
+        (lambda request: request.schedule_chunk(11), "a chunk of 11 tokens .* expected 1 to 10"),
+        (lambda request: request.schedule_chunk(0), "a chunk of 0 tokens for <Request 0: 0 of 10"),
+        (lambda request: request.schedule_chunk(-5), "a chunk of -5 tokens .* expected 1 to 10"),
+        (
+            lambda request: [request.schedule_chunk(10), request.schedule_chunk(1)],
+            "a chunk of 1 tokens .* expected none, its prompt is scheduled",
+        ),
+    ],
+)
+def test_batches_of_the_users_own_are_checked(make_cluster, batch_of, expected):
+    """What cannot be a batch is told at once, not by what it leads to."""
+    policy = type("Careless", (Careless,), {"batch_of": staticmethod(batch_of)})
+    sim = Simulation(make_cluster(replica_scheduler=policy))
+    sim.submit(Request(10, 5))
+    with pytest.raises(vs.VidurError, match=expected):
+        sim.run()
+
+
+def test_routers_take_a_request_and_the_replicas():
+    """Other parameters are refused when the cluster is made."""
+    with pytest.raises(ConfigError, match=r"global_scheduler = .*function of \(request, replicas"):
+        vs.Cluster(global_scheduler=lambda request: None)
+
+
+def test_a_workload_of_the_users_own_gives_arrays(cluster):
+    """A table is none, though its columns may have the right names."""
+
+    class Tabular:
+        def requests(self, rng_arrivals, rng_lengths, max_model_len):
+            return pd.DataFrame({"arrived_at": [0.0]})
+
+    with pytest.raises(ConfigError, match=r"Tabular.requests\(\) gave a DataFrame: expected Req"):
+        Simulation(cluster, Tabular())
+
+
+def test_events_are_told_by_their_type(cluster):
+    """The name of one is not enough."""
+    with pytest.raises(ConfigError, match=r"did you mean 'EventType.BATCH_END'"):
+        Simulation(cluster).on("BATCH_END", print)
+
+
+def test_an_error_of_a_users_function_keeps_what_was_computed(make_cluster):
+    """It is the user's own error, and says when; a later run tells that requests are missing."""
+
+    def route(request, replicas):
+        if request.request_id == 3:
+            raise ZeroDivisionError("in the router")
+        return replicas[0]
+
+    workload = vs.Workload(vs.Constant(0.01), vs.FixedLengths(10, 2), num_requests=8)
+    sim = Simulation(make_cluster(global_scheduler=route), workload)
+    with pytest.raises(ZeroDivisionError, match="in the router") as caught:
+        sim.run()
+    assert caught.value.__notes__[0].startswith(f"At {sim.env.now:.6g} s; ")
+    assert caught.value.result.figures["completed"] == 3
+    with pytest.raises(SimulationError, match="5 requests are missing: an error ended an earlier"):
+        sim.run()
 
 
 @pytest.mark.parametrize("given", [0, -1, 1.5, math.nan, "ten", None])

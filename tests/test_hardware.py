@@ -55,6 +55,10 @@ def test_catalogue_is_complete():
         ("meta-llama/Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
         ("meta-llama/Meta-Llama-3.1-70B", "meta-llama/Llama-3.1-70B"),
         ("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("Llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B"),
     ],
 )
 def test_a_model_has_short_names(name, full_name):

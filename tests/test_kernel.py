@@ -495,7 +495,9 @@ def test_who_begins_to_listen_keeps_events_of_a_signal_that_used_one_again_and_a
 
 def test_an_unknown_type_cannot_be_heard(env):
     """The message names the nearest of the seven."""
-    with pytest.raises(ConfigError, match="unknown event_type 'BATCH_ENDS': did you mean 'BATCH_"):
+    with pytest.raises(
+        ConfigError, match=r"unknown event_type 'BATCH_ENDS': did you mean 'EventType.BATCH_"
+    ):
         env.subscribe("BATCH_ENDS", print)
 
 

@@ -253,7 +253,7 @@ def test_requests_without_a_row_are_told() -> None:
     with mock.patch.object(RequestLog, "append_columns", side_effect=vs.VidurError("disk full")):
         with pytest.raises(vs.VidurError, match="disk full"):
             sim.run()
-        with pytest.raises(vs.SimulationError, match="30 requests have no row"):
+        with pytest.raises(vs.SimulationError, match="30 requests are missing"):
             sim.run()
 
 

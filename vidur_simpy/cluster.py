@@ -21,7 +21,7 @@ from vidur_simpy.replica_scheduler import (
     Sarathi,
 )
 from vidur_simpy.replica_scheduler.kv_parallel import slowest_group
-from vidur_simpy.validation import configuration
+from vidur_simpy.validation import configuration, takes
 
 __all__ = ["Cluster"]
 
@@ -124,6 +124,11 @@ vllm_v1.
                     f"a method {method!r}{hint}."
                 )
             object.__setattr__(self, field, policy)
+        route = self.global_scheduler
+        if not (hasattr(route, "router") or takes(route, "request", "replicas")):
+            raise ConfigError(
+                f"Cluster.global_scheduler = {route!r}: expected a function of (request, replicas)."
+            )
         deployment = self._deployment()
         if self.num_replicas % self.data_parallel_size:
             raise ConfigError(

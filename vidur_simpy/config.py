@@ -86,6 +86,8 @@ def load_config(
     >>> config["cluster"].num_replicas, config["seed"]
     (2, 1)
     """
+    if not isinstance(source, (str, Path, Mapping)):
+        raise ConfigError(f"load_config({source!r}): expected a YAML file or a mapping.")
     if isinstance(source, Mapping):
         mapping, place, folder = dict(source), "", Path()
     else:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from vidur_simpy.errors import ConfigError
+from vidur_simpy.errors import ConfigError, SimulationError
 
 if TYPE_CHECKING:
     import simpy
@@ -188,7 +188,19 @@ class Request:
             self.num_cached_tokens = num_cached_tokens
 
     def schedule_chunk(self, num_tokens: int) -> PrefillChunk:
-        """Give the next `num_tokens` of the prefill to a batch."""
+        """Give the next `num_tokens` of the prefill to a batch.
+
+        Raises
+        ------
+        SimulationError
+            If there are not so many left, or less than one is given.
+        """
+        num_left = self.prefill_target - self.num_scheduled_tokens
+        if not 0 < num_tokens <= num_left:
+            raise SimulationError(
+                f"a chunk of {num_tokens!r} tokens for {self}: expected "
+                + (f"1 to {num_left}." if num_left else "none, its prompt is scheduled.")
+            )
         self.num_scheduled_tokens += num_tokens
         return PrefillChunk(self, num_tokens, self._processed + num_tokens)
 
@@ -328,12 +340,18 @@ class Batch:
         self.num_decodes = num_decodes
         self.decode_context = pairs = context
         num_prefill_tokens = 0
-        for chunk in prefills:
-            num_tokens, chunk_context = chunk.num_tokens, chunk.context
-            num_prefill_tokens += num_tokens
-            context += chunk_context
-            # The last token of a chunk sees its whole context, the first the fewest.
-            pairs += num_tokens * chunk_context - num_tokens * (num_tokens - 1) // 2
+        try:
+            for chunk in prefills:
+                num_tokens, chunk_context = chunk.num_tokens, chunk.context
+                num_prefill_tokens += num_tokens
+                context += chunk_context
+                # The last token of a chunk sees its whole context, the first the fewest.
+                pairs += num_tokens * chunk_context - num_tokens * (num_tokens - 1) // 2
+        except AttributeError:
+            raise ConfigError(
+                f"Batch.prefills = {prefills!r:.80}: expected chunks, as "
+                "request.schedule_chunk(num_tokens) makes them."
+            ) from None
         self.num_prefill_tokens = num_prefill_tokens
         self.num_tokens = num_decodes + num_prefill_tokens
         self.total_context = context

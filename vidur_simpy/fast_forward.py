@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidur_simpy.entities import Batch
+from vidur_simpy.errors import SimulationError
 from vidur_simpy.kernel import EventType, Signal, TypedEvent
 from vidur_simpy.sums import Numbers, added, running_sums
 
@@ -246,6 +247,13 @@ class FastStage:
         if num_steps < 3:
             return False
         durations = self._decode_times(batch.num_decodes, batch.decode_context, num_steps, 0)
+        is_list = hasattr(durations, "__len__") and getattr(durations, "ndim", 1) == 1
+        if not (is_list and len(durations) == num_steps):
+            model, told = type(self._stage.stage_time).__name__, " ".join(repr(durations).split())
+            raise SimulationError(
+                f"{model}.decode_times() gave {told:.60} for {num_steps} iterations: "
+                "expected as many seconds, in a list or an array of one dimension."
+            )
         ends = running_sums(now, durations)
         shortest = durations.min() if isinstance(durations, np.ndarray) else min(durations)
         if not (shortest >= 0.0 and ends[-1] < inf):

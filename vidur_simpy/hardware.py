@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,17 @@ class Model:
         """Return a model of the catalogue, in any case.
 
         Known are the full name (``meta-llama/Llama-2-7b-hf``), its part after the slash, and the
-        shorter spellings of the sheet (``llama-2-7b``), with or without the organisation.
+        shorter spellings of the sheet (``llama-2-7b``), with or without the organisation. One that
+        was tuned to chat (``-instruct``, ``-chat``, ``-it``) is the model it was made from, which
+        has the same shape.
 
         Raises
         ------
         ConfigError
             If there is no such model, with the nearest.
         """
-        found = _models().get(str(name).lower())
+        known, lowered = _models(), str(name).lower()
+        found = known.get(lowered) or known.get(re.sub(r"-(instruct|chat|it)\b", "", lowered))
         if found is None:
             raise unknown_name("model", name, model_names())
         return found

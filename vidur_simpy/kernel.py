@@ -195,7 +195,8 @@ class Environment(simpy.Environment):
     def subscribe(self, event_type: EventType, listener: Callable[[TypedEvent], None]) -> None:
         """Call `listener(event)` each time an event of this type has been handled."""
         if event_type not in list(EventType):
-            raise unknown_name("event_type", event_type, EventType.__members__)
+            names = [f"EventType.{name}" for name in EventType.__members__]
+            raise unknown_name("event_type", event_type, names)
         for shortcut in tuple(self.shortcuts):
             shortcut.cut(self._now)
         self._listeners[event_type].append(listener)

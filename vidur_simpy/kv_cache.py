@@ -21,7 +21,8 @@ class KVCache:
     block_size : int
         Tokens per block.
     num_blocks : int or None
-        Blocks per replica; planned from the device's memory if None.
+        Blocks per replica; planned from the device's memory if None. Given, it is taken as it is:
+        whether they fit beside the weights is not asked.
     watermark : float
         Share of the blocks that admission of a new request leaves free, 0 to 1 (vLLM V0).
     gpu_memory_utilization : float

@@ -323,6 +323,11 @@ class Replica:
             batch = scheduler.schedule(now)
         if batch is None:
             return None
+        if not isinstance(batch, Batch) or not batch.num_tokens:
+            raise SimulationError(
+                f"{type(scheduler).__name__}.schedule() gave {batch!r}: expected a Batch with "
+                "tokens to compute, or None."
+            )
         batch.replica_id = self.replica_id
         batch.batch_index = self.num_batches_formed
         batch.scheduled_at = now

@@ -12,7 +12,7 @@ import simpy
 from vidur_simpy.cluster import Cluster
 from vidur_simpy.config import dump_config
 from vidur_simpy.entities import Request
-from vidur_simpy.errors import ConfigError, SimulationError
+from vidur_simpy.errors import ConfigError, SimulationError, VidurError
 from vidur_simpy.kernel import Environment, EventOrder, EventType, TypedEvent
 from vidur_simpy.metrics import replica_columns, timeline_columns
 from vidur_simpy.processes import arrivals
@@ -25,7 +25,7 @@ from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
 from vidur_simpy.streams import streams_of
 from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
-from vidur_simpy.workload import RequestSource
+from vidur_simpy.workload import RequestArrays, RequestSource
 
 __all__ = ["Simulation", "simulate"]
 
@@ -34,8 +34,9 @@ class Simulation:
     """A simulation that can be watched, steered and continued.
 
     `env` is a SimPy environment: start processes on it, wait for their events, and run. Printed or
-    as the last line of a notebook cell, it shows its state: whatever ended the last `run`, a
-    ctrl-C included, it is whole, and the next `run` goes on.
+    as the last line of a notebook cell, it shows its state: after a ctrl-C, or an error in a
+    listener or a process of yours, it is whole, and the next `run` goes on. After an error in a
+    policy or an execution time `result` still has all that was complete.
 
     Parameters
     ----------
@@ -156,6 +157,11 @@ class Simulation:
         table = workload.requests(
             self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
         )
+        if not isinstance(table, RequestArrays):
+            raise ConfigError(
+                f"{type(workload).__name__}.requests() gave a {type(table).__name__}: expected "
+                "RequestArrays."
+            )
         expected = self._roster.expect(table, self._keep, self._is_watched)
         self.env.process(arrivals(self.env, expected, self.router))
 
@@ -239,20 +245,27 @@ class Simulation:
         ------
         SimulationError
             If nothing can happen any more while requests wait, or a policy or an execution-time
-            model gives what cannot be. Its `result` keeps what was computed.
+            model gives what cannot be. Its `result` keeps what was computed; so does that of any
+            other error that a function of the user's raises.
         """
         try:
             with self._run_bar(until):
                 value = self.env.run(until)
+            if until is None and self._num_missing > len(self._live):
+                raise SimulationError(
+                    f"{self._num_missing} requests are missing: an error ended an earlier run "
+                    f"before they arrived or were complete; start a new Simulation."
+                )
             if until is None and self._live:
                 raise SimulationError(self._stuck())
-            if until is None and self._num_missing:
-                raise SimulationError(
-                    f"{self._num_missing} requests have no row: an error ended an earlier run "
-                    f"before they arrived or were written; start a new Simulation."
-                )
         except SimulationError as error:
             error.result = self.result()
+            raise
+        except VidurError:
+            raise
+        except Exception as error:  # of a policy, a listener or a process of the user's
+            error.add_note(f"At {self.env.now:.6g} s; `result` of this error has what is computed.")
+            error.result = self.result()  # type: ignore[attr-defined]
             raise
         except KeyboardInterrupt:
             self._until = self.env.now

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
-from math import inf
+from math import inf, nan
+from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
 import simpy
@@ -155,14 +156,11 @@ class Stage(simpy.Resource):
     def start(self, batch: Batch) -> float:
         """Begin a batch; return how long the stage takes, in seconds."""
         now = self.env._now
-        duration = self.stage_time(batch, self.stage_id)
-        try:
-            is_valid = 0.0 <= duration < inf
-        except (TypeError, ValueError):  # not a number at all
-            is_valid = False
-        if not is_valid:
+        given = self.stage_time(batch, self.stage_id)
+        duration = given if type(given) is float else _as_number(given)
+        if not 0.0 <= duration < inf:
             raise SimulationError(
-                f"the execution time of {batch} on stage {self.stage_id} is {duration!r} s: "
+                f"the execution time of {batch} on stage {self.stage_id} is {given!r} s: "
                 f"expected a finite number >= 0."
             )
         batch.stage_started_at = now
@@ -204,6 +202,11 @@ class Stage(simpy.Resource):
         if self._is_first:
             replica.end_first_stage(batch)
             replica.schedule.raise_now()
+
+
+def _as_number(given: Any) -> float:
+    """Return a number of any kind as a float, all else as NaN: an array is no number."""
+    return float(given) if isinstance(given, Real) else nan
 
 
 def pause(env: Environment, interrupt: simpy.Interrupt) -> ProcessGenerator:

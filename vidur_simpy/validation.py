@@ -8,6 +8,7 @@ report.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import numpy as np
@@ -16,7 +17,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 
-__all__ = ["configuration", "field_names", "readable"]
+__all__ = ["configuration", "field_names", "readable", "takes"]
 
 Class = TypeVar("Class")
 
@@ -107,3 +108,20 @@ def readable(error: pydantic.ValidationError, where: str, known: list[str]) -> V
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
+
+
+def takes(function: Callable[..., Any], *arguments: str) -> bool:
+    """Whether a function can be called with so many arguments by position.
+
+    Of one that does not tell its signature it is taken to be so.
+
+    >>> takes(lambda request, now=0.0: 1.0, "request"), takes(lambda: 1.0, "request")
+    (True, False)
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except ValueError:
+        return True
+    except TypeError:
+        return False
+    return True

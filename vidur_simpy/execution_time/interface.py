@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from vidur_simpy.errors import ConfigError
+from vidur_simpy.validation import takes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,19 +153,11 @@ def _takes_stage_id(function: Callable[..., Any]) -> bool:
         signature = inspect.signature(function)
     except ValueError:
         return False
-    if _can_call(signature, "batch") and "stage_id" not in signature.parameters:
+    if takes(function, "batch") and "stage_id" not in signature.parameters:
         return False
-    if _can_call(signature, "batch", "stage_id"):
+    if takes(function, "batch", "stage_id"):
         return True
     name = getattr(function, "__name__", repr(function))
     raise ConfigError(
         f"execution_time {name}{signature}: expected a function of (batch) or (batch, stage_id)."
     )
-
-
-def _can_call(signature: inspect.Signature, *args: str) -> bool:
-    try:
-        signature.bind(*args)
-    except TypeError:
-        return False
-    return True

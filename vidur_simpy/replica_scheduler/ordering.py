@@ -19,6 +19,7 @@ from pydantic import AfterValidator
 from vidur_simpy.entities import Batch, PrefillChunk, Request
 from vidur_simpy.errors import ConfigError, SimulationError, unknown_name
 from vidur_simpy.replica_scheduler.interface import ReplicaResources
+from vidur_simpy.validation import takes
 
 __all__ = [
     "ORDERINGS",
@@ -314,16 +315,7 @@ def checked(ordering: Any, further: tuple[str, ...] = ()) -> Any:
 
 
 def _is_key(function: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        return True
-    arguments = ("request", "now") if takes_time(function) else ("request",)
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        return False
-    return True
+    return takes(function, *(("request", "now") if takes_time(function) else ("request",)))
 
 
 Ordering: TypeAlias = Annotated[Any, AfterValidator(checked)]

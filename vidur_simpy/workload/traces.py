@@ -14,6 +14,7 @@ comma-separated values under a header or one JSON object per line, plain or gzip
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import warnings
@@ -61,10 +62,11 @@ def read_trace(
     Warns
     -----
     UserWarning
-        If the rows were not in order of arrival.
+        If the rows were not in order of arrival, or an unknown column is nearly a known one.
     """
     table = read_table(path)
     names = _columns_of(table, format, ("arrived_at", "prompt", "output"))
+    _warn_of_misspelt(table)
     num_prefill_tokens = _lengths(table, names.prompt)
     hash_ids = _hash_ids(table, num_prefill_tokens, hash_block_size)
     arrived_at, order = _arrivals(table, names)
@@ -223,6 +225,10 @@ def _columns_of(table: Table, format: str, needed: Iterable[str]) -> _Columns:
     )
 
 
+# Columns that a trace of any format may have.
+_OPTIONAL = ("request_id", "priority", "deadline", "session_id", "hash_ids")
+
+
 def _lengths(table: Table, column: str) -> NDArray[np.int64]:
     expected = f"a whole number of tokens from 1 to {MAX_TOKENS}"
     return np.array(table.parsed(column, _length, expected), np.int64)
@@ -243,6 +249,18 @@ def _arrivals(table: Table, names: _Columns) -> tuple[NDArray[np.float64], NDArr
     if names.from_first_row:
         ticks = ticks - ticks[0]
     return ticks / names.ticks_per_second, order
+
+
+def _warn_of_misspelt(table: Table) -> None:
+    """Warn of a column that nobody reads and that was probably meant to be one that is read."""
+    absent = [name for name in _OPTIONAL if name not in table.cells]
+    for given in table.cells:
+        nearest = difflib.get_close_matches(given.lower(), absent, n=1, cutoff=0.8)
+        if nearest and given not in _OPTIONAL:
+            warnings.warn(
+                f"{table.path}: nothing reads the column {given!r}; did you mean {nearest[0]!r}?",
+                stacklevel=3,
+            )
 
 
 def _optional(
