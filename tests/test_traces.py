@@ -202,6 +202,8 @@ def test_an_unusable_json_value_is_named_with_its_line(write, changed, what):
         ("when,prompt\n1,2\n", r"has the columns when, prompt; .*vidur \(arrived_at.*mooncake"),
         ("0.0,374,44\n4.3,396,109\n", "has the columns 0.0, 374, 44; expected those of"),
         ("arrived_at,arrived_at\n1,2\n", "expected each once"),
+        ("[1, 2]\n", r"starts with '\[1, ', expected a header and rows, or a JSON object on each"),
+        ("PAR1", "starts with 'PAR1', expected a header"),
         ('{"timestamp": 0}\n{"timesta', "line 2: not a JSON object"),
         ('{"timestamp": 0}\n[1]\n', r"line 2: '\[1\]', expected a JSON object"),
         ('{"timestamp": 0}\n', "has the columns timestamp; expected those of"),
