@@ -161,6 +161,31 @@ def test_curves_on_one_axes_differ_in_colour_and_style():
     assert curves[0].get_color() != curves[1].get_color()
 
 
+@pytest.mark.parametrize("logs", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("complementary", [False, True])
+def test_axes_hold_every_curve(complementary, logs):
+    """A slower run that is drawn later is shown to its end, and so are its marks."""
+    options = {"complementary": complementary}
+    fast, slow = made([0.1, 0.2, 0.3]), made([10.0, 20.0, 30.0])
+    for first, second in ((fast, slow), (slow, fast)):
+        ax = plots.cdf(first, log=logs[0], label="first", **options)
+        plots.cdf(second, ax=ax, log=logs[1], label="second", **options)
+        left, right = ax.get_xlim()
+        assert left <= 0.1 < 30.0 <= right < 40.0
+        assert left == 0 or any(logs)
+
+
+def test_axes_hold_values_below_zero():
+    """The left end is 0 only if nothing is below it, whichever curve came first."""
+    below = made([1.0, 2.0])
+    below.requests["slack"] = [-2.0, 1.0]
+    above = made([1.0, 2.0])
+    above.requests["slack"] = [1.0, 2.0]
+    for first, second in ((below, above), (above, below)):
+        ax = plots.cdf(first, "slack")
+        assert plots.cdf(second, "slack", ax=ax).get_xlim()[0] < -2
+
+
 @pytest.mark.parametrize("complementary", [False, True])
 def test_large_distributions_are_thinned(complementary):
     """A million values become some thousand points that keep both tails."""
@@ -220,6 +245,18 @@ def test_quantiles_of_few_requests(ttft):
     ax = plots.quantiles(made(ttft))
     ax.figure.canvas.draw()
     assert "time to first token" in ax.get_ylabel()
+
+
+@pytest.mark.parametrize("figure", [plots.quantiles, plots.timeline])
+def test_figures_over_time_hold_every_run(figure):
+    """Whichever of two runs is longer and slower, the axes of both hold it."""
+    short, long = made([1.0] * 10), made([50.0] * 90)
+    for first, second in ((short, long), (long, short)):
+        ax = figure(second, ax=figure(first))
+        drawn = np.concatenate([one.get_xydata() for one in ax.lines])
+        low, high = np.transpose([ax.get_xlim(), ax.get_ylim()])
+        assert (low <= np.nanmin(drawn, axis=0)).all()
+        assert (np.nanmax(drawn, axis=0) <= high).all()
 
 
 @pytest.mark.parametrize("window", [0, -1.0, NAN])
