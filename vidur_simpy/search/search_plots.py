@@ -15,6 +15,7 @@ from vidur_simpy.plots.drawing import (
     COLOURS,
     GREEN,
     VERMILLION,
+    legend_above,
     make_axes,
     make_axis_logarithmic,
     say_empty,
@@ -166,9 +167,9 @@ def plot_front(
             make_axis_logarithmic(axis, values)
     ax.set_xlabel(named(x))
     ax.set_ylabel(named(y))
-    ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten", pad=26)
+    ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten")
     ax.margins(x=0.08)
-    ax.legend(**ABOVE, ncols=5)
+    legend_above(ax)
     ax.grid(alpha=0.3)
     return ax
 
