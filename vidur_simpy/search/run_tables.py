@@ -12,7 +12,7 @@ from vidur_simpy.search.runs import figures_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["cell", "run_table"]
+__all__ = ["cell", "run_table", "settings_of"]
 
 
 def cell(value: Any) -> Any:
@@ -68,6 +68,11 @@ def run_table(where: str, runs: Any, slo: Mapping[str, float] | None = None) -> 
             for name, run in runs.items()
         ]
     )
+
+
+def settings_of(table: pd.DataFrame) -> list[str]:
+    """Return the columns of a table that are settings of a grid, by their dotted names."""
+    return [str(name) for name in table if "." in str(name) or name in ("cluster", "workload")]
 
 
 def _rate(name: Any, result: Any) -> float:

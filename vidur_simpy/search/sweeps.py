@@ -13,7 +13,7 @@ from vidur_simpy.cluster import Cluster
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.kernel import EventOrder
 from vidur_simpy.search.grid import Grid, Point, points_of
-from vidur_simpy.search.run_tables import cell
+from vidur_simpy.search.run_tables import cell, settings_of
 from vidur_simpy.search.runs import (
     Outcome,
     Run,
@@ -84,9 +84,7 @@ class Sweep:
 
     def __str__(self) -> str:
         """Return settings and the usual figures as plain text, as the command line prints them."""
-        settings = [
-            name for name in self.table if "." in str(name) or name in ("cluster", "workload")
-        ]
+        settings = settings_of(self.table)
         several = ["replication"] if self.table["replication"].any() else []
         usual = [name for name in USUAL if name in self.table]
         usual += [name for name in UNUSUAL if name in self.table and self.table[name].any()]
