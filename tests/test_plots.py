@@ -311,6 +311,14 @@ def test_timeline_without_requests():
     assert [text.get_text() for text in ax.texts] == ["no request arrived"]
 
 
+def test_timeline_of_refused_requests():
+    """They did arrive, and were refused."""
+    refused = made([NAN, NAN])
+    refused.requests["refusal"] = "too long"
+    ax = plots.timeline(refused)
+    assert [text.get_text() for text in ax.texts] == ["every request was refused"]
+
+
 def test_many_samples_become_means_and_ranges():
     """Too many steps to see are drawn as a mean in a band that keeps the extremes."""
     time = np.arange(100_000) / 100
@@ -367,6 +375,20 @@ def test_gantt_tells_batches_apart():
     looks = {(bars.get_facecolor(), bars.get_hatch()) for bars in ax.patches}
     assert len({colour for colour, _ in looks}) == len({hatch for _, hatch in looks}) == 3
     assert len(ax.get_legend().get_texts()) == 3
+
+
+def test_gantt_after_the_end_says_so():
+    """A replica is not idle once the run has ended."""
+    result = made([1.0], stages=stages(2, num_stages=2))
+    ax = plots.gantt(result, start=1e6, duration=1.0)
+    assert [text.get_text() for text in ax.texts] == [
+        "no batch in this window: the run ended at 100.0 s"
+    ]
+    assert ax.get_title() == "Batches on their stages"
+    assert not ax.child_axes
+    ax = plots.gantt(result, start=50.0, duration=1.0)
+    assert [text.get_text() for text in ax.texts] == ["no batch in this window"]
+    assert ax.get_title() == "Batches on their stages: 0.0% bubbles, 100.0% idle"
 
 
 def test_gantt_shows_the_first_batches():

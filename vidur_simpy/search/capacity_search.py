@@ -193,7 +193,9 @@ def capacity(
     if isinstance(tolerance, bool) or not (
         isinstance(tolerance, int | float) and 0 < tolerance < 1
     ):
-        raise ConfigError(f"capacity(): tolerance = {tolerance!r}: expected a number from 0 to 1.")
+        raise ConfigError(
+            f"capacity(): tolerance = {tolerance!r}: expected a number above 0 and below 1."
+        )
     if not is_random(workload):
         max_replications = 1
     seeds = replication_seeds(seed, max_replications)
