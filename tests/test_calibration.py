@@ -395,6 +395,14 @@ def test_parameters_are_known_by_name(line_cluster, rng, parameters, message):
         vs.calibrate(line_cluster, measured, parameters=parameters)
 
 
+def test_a_cluster_comes_before_its_measurement(line_cluster):
+    """Whoever swaps the two, or gives something else, is told so."""
+    with pytest.raises(ConfigError, match=r"cluster = 'bench\.json': expected a Cluster"):
+        vs.calibrate("bench.json", line_cluster)
+    with pytest.raises(ConfigError, match="measurement = 3: expected a path, MeasuredIter"):
+        vs.calibrate(line_cluster, 3)
+
+
 def test_a_few_rows_are_not_enough(line_cluster, rng):
     """Too few to say anything."""
     with pytest.raises(ProfileError, match="19 from simulated>: expected at least 20"):

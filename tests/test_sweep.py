@@ -232,6 +232,23 @@ def test_a_wrong_argument_is_told_before_anything_runs(cluster, workload, option
         vs.sweep(cluster, workload, [{}], **options)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda *given: vs.sweep(*given, [{}]),
+        lambda *given: vs.capacity(*given, {"ttft:p99": 1.0}),
+        lambda *given: vs.recommend(*given, {"ttft:p99": 1.0}, [{}], objective="throughput"),
+        lambda *given: vs.replicate(*given, 2),
+    ],
+)
+def test_a_cluster_comes_before_its_workload(cluster, workload, function):
+    """Whoever swaps the two is told so, and so is who leaves one out."""
+    with pytest.raises(vs.ConfigError, match=r"cluster = Workload\(.*: expected a Cluster"):
+        function(workload, cluster)
+    with pytest.raises(vs.ConfigError, match=r"workload = 3.0: expected a Workload"):
+        function(cluster, 3.0)
+
+
 # Runs that fail
 
 

@@ -154,8 +154,8 @@ def calibrate(
     Raises
     ------
     ConfigError
-        Another model than the one measured, requests that the cluster refuses, or an unknown
-        parameter.
+        An argument of another kind, another model than the one measured, requests that the
+        cluster refuses, or an unknown parameter.
     TraceError
         A measurement that cannot be used.
     ProfileError
@@ -173,10 +173,17 @@ def calibrate(
     >>> calibrate(cluster, measured, parameters=["overhead"]).execution_time.overhead.__round__(6)
     0.002
     """
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(f"cluster = {cluster!r}: expected a Cluster.")
     base = cluster.execution_time
     base = base.base if isinstance(base, Calibrated) else base
     if isinstance(measurement, str | Path):
         measurement = read_measurement(measurement)
+    if not isinstance(measurement, MeasuredIterations | MeasuredRequests):
+        raise ConfigError(
+            f"measurement = {measurement!r}: expected a path, MeasuredIterations or "
+            "MeasuredRequests."
+        )
     if len(measurement) < FEWEST_ROWS:
         raise ProfileError(f"{measurement!r}: expected at least {FEWEST_ROWS} to fit to.")
     fitted = _checked_parameters(parameters)
