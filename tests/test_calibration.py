@@ -420,7 +420,9 @@ def test_a_calibration_shows_itself(line_cluster, rng):
     assert "standard_error" in calibration._repr_html_()
     ax = calibration.plot()
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("measured (s)", "predicted (s)")
-    assert len(ax.lines) == 4
+    assert sum(len(line.get_xdata()) for line in ax.lines[:-1]) == 50
+    assert ax.get_title() == "Calibrated times against measured ones"
+    assert len({line.get_marker() for line in ax.lines}) == len(ax.lines) == 3
 
 
 # The band
