@@ -161,6 +161,15 @@ def test_curves_on_one_axes_differ_in_colour_and_style():
     assert curves[0].get_color() != curves[1].get_color()
 
 
+def test_the_title_follows_a_legend_that_is_moved():
+    """With the call that the docstring names."""
+    ax = plots.cdf(made([1.0, 2.0]))
+    ax.legend(loc="lower right")
+    ax.set_title(ax.get_title())
+    ax.figure.canvas.draw()
+    assert ax.title.get_window_extent().y0 - ax.get_window_extent().y1 < 12
+
+
 @pytest.mark.parametrize("logs", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("complementary", [False, True])
 def test_axes_hold_every_curve(complementary, logs):

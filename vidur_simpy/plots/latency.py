@@ -61,7 +61,9 @@ def cdf(
         A numeric column of ``result.requests``, or ``"itl"`` (needs recorded tokens), whose
         distribution is over output tokens.
     ax : Axes, optional
-        Where to draw; curves of several results fit on one.
+        Where to draw; curves of several results fit on one. The title leaves room for the legend
+        below it: whoever puts the legend elsewhere brings the title down with
+        ``ax.set_title(ax.get_title())``.
     complementary : bool
         Draw the share that is at least x, on a logarithmic axis: it shows the tail.
     log : bool
