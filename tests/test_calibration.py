@@ -395,6 +395,14 @@ def test_parameters_are_known_by_name(line_cluster, rng, parameters, message):
         vs.calibrate(line_cluster, measured, parameters=parameters)
 
 
+def test_a_cluster_comes_before_its_measurement(line_cluster):
+    """Whoever swaps the two, or gives something else, is told so."""
+    with pytest.raises(ConfigError, match=r"cluster = 'bench\.json': expected a Cluster"):
+        vs.calibrate("bench.json", line_cluster)
+    with pytest.raises(ConfigError, match="measurement = 3: expected a path, MeasuredIter"):
+        vs.calibrate(line_cluster, 3)
+
+
 def test_a_few_rows_are_not_enough(line_cluster, rng):
     """Too few to say anything."""
     with pytest.raises(ProfileError, match="19 from simulated>: expected at least 20"):
@@ -412,7 +420,9 @@ def test_a_calibration_shows_itself(line_cluster, rng):
     assert "standard_error" in calibration._repr_html_()
     ax = calibration.plot()
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("measured (s)", "predicted (s)")
-    assert len(ax.lines) == 4
+    assert sum(len(line.get_xdata()) for line in ax.lines[:-1]) == 50
+    assert ax.get_title() == "Calibrated times against measured ones"
+    assert len({line.get_marker() for line in ax.lines}) == len(ax.lines) == 3
 
 
 # The band

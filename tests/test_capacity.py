@@ -271,8 +271,8 @@ def test_a_trace_runs_once_at_each_rate(batching, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tolerance": 0.0}, "tolerance = 0.0"),
-        ({"confidence": 95}, "confidence = 95"),
+        ({"tolerance": 0.0}, r"tolerance = 0\.0: expected a number above 0 and below 1"),
+        ({"confidence": 95}, "confidence = 95: expected a number above 0 and below 1"),
         ({"max_replications": 0}, "max_replications = 0"),
         ({"seed": -1}, "seed = -1"),
     ],

@@ -311,6 +311,19 @@ def test_the_figure_of_differences_has_a_mark_for_each():
     assert far.get_xlabel() == "difference from a (%)"
 
 
+@pytest.mark.parametrize("name", ["run {}", "a rather long name of the run with number {}"])
+def test_many_names_have_room_between_title_and_axes(name):
+    """The legend is whole, and lies neither on the title nor on the data."""
+    base = noisy(60)
+    runs = {name.format(index): result_of((1 + index) * base) for index in range(6)}
+    ax = vs.compare(runs).plot.differences()
+    ax.figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    assert not legend.overlaps(ax.title.get_window_extent())
+    assert not legend.overlaps(ax.get_window_extent())
+    assert 0 <= legend.x0 < legend.x1 <= ax.figure.bbox.width
+
+
 def test_the_text_lists_every_difference_and_the_figures():
     """A line for each row of the table, and one for each figure, with all names in full."""
     name = "a name of more than twenty characters"

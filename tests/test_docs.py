@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import vidur_simpy as vs
@@ -320,21 +321,47 @@ def test_the_dictionary_has_every_figure_of_a_run(result: vs.Result, name: str) 
     assert set(FIGURES[name](result)) == names_of(name)
 
 
-def test_the_dictionary_has_every_column_of_a_sweep() -> None:
-    """Besides the figures: what tells the runs apart, latencies, objectives, errors."""
-    workload = vs.Workload(vs.Constant(2.0), vs.FixedLengths(50, 5), num_requests=4)
-    grid = {"cluster.num_replicas": [1]}
-    table = vs.sweep(vs.Cluster(), workload, grid, slo={"ttft": 1.0}, record=("tokens",)).table
+WORKLOAD = vs.Workload(vs.Constant(20.0), vs.FixedLengths(50, 5), num_requests=30)
+GRID = {"cluster.num_replicas": [1]}
+LIMITS = ["ttft:p99=1", "itl:mean=1", "e2e=5", "fraction=0.9"]
+FEW: dict[str, Any] = {"max_replications": 2}
+
+
+def compared() -> pd.DataFrame:
+    run = vs.simulate(vs.Cluster(), WORKLOAD)
+    return vs.compare({"a": run, "b": run}).table.reset_index()
+
+
+SEARCHES: dict[str, Callable[[], pd.DataFrame]] = {
+    "sweep": lambda: (
+        vs.sweep(vs.Cluster(), WORKLOAD, GRID, slo={"ttft": 1.0}, record=("tokens",)).table
+    ),
+    "capacity": lambda: vs.capacity(vs.Cluster(), WORKLOAD, LIMITS, tolerance=0.9, **FEW).curve,
+    "recommend": lambda: (
+        vs.recommend(vs.Cluster(), WORKLOAD, LIMITS, GRID, price_per_gpu_hour=1.0, **FEW).table
+    ),
+    "compare": compared,
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_dictionary_has_every_column_of_several_runs(name: str) -> None:
+    """Besides settings and figures: what tells runs apart, latencies, verdicts, errors."""
     statistics = r"_(mean|std|p50|p90|p95|p99|count)"
     named = {
         re.sub(
-            rf"^(slo_)?({'|'.join(result_latencies())})({statistics})?$",
-            lambda found: f"{found[1] or ''}<latency>" + ("_<statistic>" if found[3] else ""),
+            rf"^(slo_)?({'|'.join(result_latencies())})({statistics})?(_low|_high)?$",
+            lambda found: (
+                f"{found[1] or ''}<latency>{'_<statistic>' if found[3] else ''}{found[5] or ''}"
+            ),
             column,
         )
-        for column in table.columns
+        for column in SEARCHES[name]().columns
     }
-    assert named - {"cluster.num_replicas"} <= names_of("sweep") | names_of("figures")
+    missing = named - set(GRID) - names_of(name)
+    assert missing <= (names_of("figures") if name != "compare" else set())
+    if name != "sweep":  # whose limits may be others
+        assert names_of(name) <= named
 
 
 def result_latencies() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -551,6 +552,31 @@ def test_a_run_without_timeline_has_no_cause(busy):
     assert Result(
         {"requests": {}, "replicas": {}, "timeline": {}}, config=None, info={"simulated_time": 0.0}
     ).bottleneck().verdict == "none"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "verdict", "rest"),
+    [
+        (5, "refusals", "admission. Nothing limits the others: requests lose"),
+        (1, "refusals", "admission."),
+        (380, "kv_memory", "The others are limited by KV-cache memory: requests lose"),
+    ],
+)
+def test_refusals_are_named_first(num_blocks, verdict, rest):
+    """How many and why, before what holds up the others; a tenth of them is the verdict."""
+    lengths = vs.PublishedLengths("azure-conv-2023")
+    workload = vs.Workload(vs.Poisson(8.0), lengths, num_requests=400, clip="prompt")
+    cluster = vs.Cluster(kv_cache=vs.KVCache(num_blocks=num_blocks))
+    result = vs.simulate(cluster, workload)
+    found = result.bottleneck()
+    num_refused = (result.requests["refusal"] != "").sum()
+    assert re.match(
+        f"{num_refused} of 400 requests (was|were) refused, (most often )?for this: its prompt of",
+        found.text,
+    )
+    assert rest in found.text
+    assert found.verdict == verdict
+    assert str(found).startswith(found.text)
 
 
 # -- saturation -------------------------------------------------------------------------------

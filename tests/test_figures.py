@@ -515,6 +515,48 @@ def test_attainment_of_a_sweep():
     assert [len(line.get_xdata()) for line in over.lines] == [2, 2]
 
 
+@pytest.fixture(scope="module")
+def grid_of_rates():
+    workload = vs.Workload(vs.Constant(5.0), vs.FixedLengths(512, 16), num_requests=20)
+    grid = {"cluster.num_replicas": [1, 2], "workload.arrivals.rate": [20.0, 5.0, 60.0]}
+    cluster = vs.Cluster(execution_time=vs.Linear())
+    return vs.sweep(cluster, workload, grid, slo={"ttft": 0.06})
+
+
+def test_a_line_joins_one_configuration(grid_of_rates):
+    """By default each setting that differs but the rate has a curve, from rate to rate."""
+    over = vs.plot_throughput_latency(grid_of_rates)
+    assert labels(over) == ["1", "2"]
+    assert over.get_title() == "Latency against throughput, by num replicas"
+    table = grid_of_rates.table.sort_values("workload.arrivals.rate")
+    for number in (1, 2):
+        rows = table[table["cluster.num_replicas"] == number]
+        x, y = curve(over, str(number))
+        assert x.tolist() == rows["output_token_throughput"].tolist()
+        assert y.tolist() == rows["ttft_p99"].tolist()
+    assert labels(vs.plot_attainment(grid_of_rates)) == ["1", "2"]
+    by_rate = vs.plot_attainment(grid_of_rates, load="cluster.num_replicas")
+    assert labels(by_rate) == ["20.0", "5.0", "60.0"]
+
+
+def test_all_runs_can_be_one_curve(grid_of_rates):
+    """An empty list of columns says so."""
+    (line,) = vs.plot_throughput_latency(grid_of_rates, by=[]).lines
+    assert len(line.get_xdata()) == 6
+    assert labels(vs.plot_attainment(grid_of_rates, by=[])) == ["all limits"]
+
+
+def test_without_rates_each_configuration_is_a_point_with_a_name():
+    """What has nothing in common is not joined; more than can be told apart are refused."""
+    rows = [{"cluster.num_replicas": n, "ttft_p99": 1.0, "throughput": n} for n in range(1, 26)]
+    table = pd.DataFrame(rows)
+    ax = vs.plot_throughput_latency(table[:3], throughput="throughput")
+    assert labels(ax) == ["1", "2", "3"]
+    assert [len(line.get_xdata()) for line in ax.lines] == [1, 1, 1]
+    with pytest.raises(ConfigError, match=r"num_replicas make 25 curves: .* say by="):
+        vs.plot_throughput_latency(table, throughput="throughput")
+
+
 def test_attainment_of_a_capacity_search():
     """The goal is what was asked for; quantiles say nothing of shares."""
     workload = vs.Workload(vs.Poisson(8.0), vs.FixedLengths(512, 16), num_requests=200)

@@ -535,6 +535,27 @@ def test_latency_is_drawn_over_throughput(cluster, workload):
         vs.plot_throughput_latency(sweep.table, "ttft_p9")
 
 
+def test_a_front_is_drawn_of_whatever_has_one(cluster, workload):
+    """A sweep, its table, and results give the same figure; what is none of them is refused."""
+    found = vs.sweep(cluster, workload, {"cluster.num_replicas": [1, 2]})
+    given = [found, found.table, [found.result(row) for row in range(2)]]
+    for each in given:
+        ax = vs.plot_front(each, "ttft_p99", "output_token_throughput")
+        assert ax.lines[0].get_xdata() == pytest.approx(found.table["ttft_p99"].to_numpy())
+    with pytest.raises(vs.ConfigError, match="expected a table, a sweep"):
+        vs.plot_front(3, "ttft_p99", "e2e_p99")
+
+
+def test_many_groups_of_a_front_have_room_for_their_names():
+    """The legend lies neither on the title nor on the data, and is whole."""
+    rows = [{"x": index, "y": -index, "group": f"group of kind {index}"} for index in range(12)]
+    ax = vs.plot_front(pd.DataFrame(rows), "x", "y", by="group")
+    ax.figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    assert not legend.overlaps(ax.title.get_window_extent())
+    assert 0 <= legend.x0 < legend.x1 <= ax.figure.bbox.width
+
+
 def test_a_front_of_nothing_says_so():
     """A table whose runs all failed."""
     table = pd.DataFrame({"cost": [np.nan], "ttft": [1.0]})

@@ -161,6 +161,40 @@ def test_curves_on_one_axes_differ_in_colour_and_style():
     assert curves[0].get_color() != curves[1].get_color()
 
 
+def test_the_title_follows_a_legend_that_is_moved():
+    """With the call that the docstring names."""
+    ax = plots.cdf(made([1.0, 2.0]))
+    ax.legend(loc="lower right")
+    ax.set_title(ax.get_title())
+    ax.figure.canvas.draw()
+    assert ax.title.get_window_extent().y0 - ax.get_window_extent().y1 < 12
+
+
+@pytest.mark.parametrize("logs", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("complementary", [False, True])
+def test_axes_hold_every_curve(complementary, logs):
+    """A slower run that is drawn later is shown to its end, and so are its marks."""
+    options = {"complementary": complementary}
+    fast, slow = made([0.1, 0.2, 0.3]), made([10.0, 20.0, 30.0])
+    for first, second in ((fast, slow), (slow, fast)):
+        ax = plots.cdf(first, log=logs[0], label="first", **options)
+        plots.cdf(second, ax=ax, log=logs[1], label="second", **options)
+        left, right = ax.get_xlim()
+        assert left <= 0.1 < 30.0 <= right < 40.0
+        assert left == 0 or any(logs)
+
+
+def test_axes_hold_values_below_zero():
+    """The left end is 0 only if nothing is below it, whichever curve came first."""
+    below = made([1.0, 2.0])
+    below.requests["slack"] = [-2.0, 1.0]
+    above = made([1.0, 2.0])
+    above.requests["slack"] = [1.0, 2.0]
+    for first, second in ((below, above), (above, below)):
+        ax = plots.cdf(first, "slack")
+        assert plots.cdf(second, "slack", ax=ax).get_xlim()[0] < -2
+
+
 @pytest.mark.parametrize("complementary", [False, True])
 def test_large_distributions_are_thinned(complementary):
     """A million values become some thousand points that keep both tails."""
@@ -222,6 +256,18 @@ def test_quantiles_of_few_requests(ttft):
     assert "time to first token" in ax.get_ylabel()
 
 
+@pytest.mark.parametrize("figure", [plots.quantiles, plots.timeline])
+def test_figures_over_time_hold_every_run(figure):
+    """Whichever of two runs is longer and slower, the axes of both hold it."""
+    short, long = made([1.0] * 10), made([50.0] * 90)
+    for first, second in ((short, long), (long, short)):
+        ax = figure(second, ax=figure(first))
+        drawn = np.concatenate([one.get_xydata() for one in ax.lines])
+        low, high = np.transpose([ax.get_xlim(), ax.get_ylim()])
+        assert (low <= np.nanmin(drawn, axis=0)).all()
+        assert (np.nanmax(drawn, axis=0) <= high).all()
+
+
 @pytest.mark.parametrize("window", [0, -1.0, NAN])
 def test_window_is_positive(window):
     """A window without length is refused."""
@@ -272,6 +318,14 @@ def test_timeline_without_requests():
     """It says that none arrived."""
     ax = plots.timeline(made([]))
     assert [text.get_text() for text in ax.texts] == ["no request arrived"]
+
+
+def test_timeline_of_refused_requests():
+    """They did arrive, and were refused."""
+    refused = made([NAN, NAN])
+    refused.requests["refusal"] = "too long"
+    ax = plots.timeline(refused)
+    assert [text.get_text() for text in ax.texts] == ["every request was refused"]
 
 
 def test_many_samples_become_means_and_ranges():
@@ -330,6 +384,20 @@ def test_gantt_tells_batches_apart():
     looks = {(bars.get_facecolor(), bars.get_hatch()) for bars in ax.patches}
     assert len({colour for colour, _ in looks}) == len({hatch for _, hatch in looks}) == 3
     assert len(ax.get_legend().get_texts()) == 3
+
+
+def test_gantt_after_the_end_says_so():
+    """A replica is not idle once the run has ended."""
+    result = made([1.0], stages=stages(2, num_stages=2))
+    ax = plots.gantt(result, start=1e6, duration=1.0)
+    assert [text.get_text() for text in ax.texts] == [
+        "no batch in this window: the run ended at 100.0 s"
+    ]
+    assert ax.get_title() == "Batches on their stages"
+    assert not ax.child_axes
+    ax = plots.gantt(result, start=50.0, duration=1.0)
+    assert [text.get_text() for text in ax.texts] == ["no batch in this window"]
+    assert ax.get_title() == "Batches on their stages: 0.0% bubbles, 100.0% idle"
 
 
 def test_gantt_shows_the_first_batches():

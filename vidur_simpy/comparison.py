@@ -10,7 +10,14 @@ import numpy as np
 
 from vidur_simpy import plots
 from vidur_simpy.errors import ConfigError, unknown_name
-from vidur_simpy.plots.drawing import ABOVE, COLOURS, as_label, make_axes, say_empty, unit_of
+from vidur_simpy.plots.drawing import (
+    COLOURS,
+    as_label,
+    legend_above,
+    make_axes,
+    say_empty,
+    unit_of,
+)
 from vidur_simpy.result import NotAvailableError, Result
 from vidur_simpy.statistics.differences import Pair, judge, why_not_paired
 from vidur_simpy.statistics.resampling import MIN_BLOCKS
@@ -276,10 +283,6 @@ class ComparisonPlot:
                 log=log,
                 label=as_label(name),
             )
-        handles = [line for line in ax.lines if line.get_gid() == "cdf"]
-        if handles:
-            ax.legend(handles=handles, **ABOVE)
-            ax.set_title(ax.get_title(), pad=12 + 13 * len(handles))
         return ax
 
     def differences(self, ax: Axes | None = None) -> Axes:
@@ -303,8 +306,8 @@ class ComparisonPlot:
         ax.set_yticks(list(places.values()), list(places))
         ax.set_ylim(len(places) - 0.5, -0.5)
         ax.set_xlabel(f"difference from {as_label(self._comparison.baseline)} (%)")
-        ax.set_title("Differences, filled where they are real", pad=26)
-        ax.legend(**ABOVE, ncols=min(4, len(others)))
+        ax.set_title("Differences, filled where they are real")
+        legend_above(ax)
         if (table["relative"].abs() > FAR).any():
             # A tenfold latency beside one that is 3 % longer.
             ax.set_xscale("symlog", linthresh=10)

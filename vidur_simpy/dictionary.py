@@ -1,4 +1,4 @@
-"""What every column of every table and every figure of a run means, as a table."""
+"""What every column of every table and every figure of one run or several means, as a table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["MEASURES", "metrics_dictionary"]
+
+# What searches say of a configuration that was run several times under an SLO.
+JUDGED: dict[str, tuple[str, str]] = {
+    "verdict": ("", "meets or misses the SLO, or cannot tell; empty if not run in full"),
+    "num_runs": ("", "runs behind the verdict, each with a seed of its own"),
+    "<latency>_<statistic>": (
+        "s",
+        "as in summary: of all runs together if it is limited, else the mean over them",
+    ),
+    "<latency>_<statistic>_low": ("s", "lower end of its confidence interval, if it is limited"),
+    "<latency>_<statistic>_high": ("s", "upper end of its confidence interval, if it is limited"),
+    "fraction": ("", "share of requests within all limits, if the SLO asks for one, 0 to 1"),
+    "fraction_ratio": ("", "latency over limit at the share asked for, at most 1 if it is met"),
+    "fraction_ratio_low": ("", "lower end of its confidence interval"),
+    "fraction_ratio_high": ("", "upper end of its confidence interval"),
+}
 
 # What results say besides their tables: where -> name -> (unit, meaning). A name with <latency>
 # or <statistic> stands for one with each of those of ``summary``.
@@ -83,18 +99,50 @@ MEASURES: dict[str, dict[str, tuple[str, str]]] = {
         "goodput": ("1/s", "as in slo"),
         "error": ("", "why the run failed; empty if it did not"),
     },
+    "capacity": {
+        "rate": ("1/s", "arrival rate that was tried"),
+        **JUDGED,
+    },
+    "recommend": {
+        "num_devices": ("", "devices of all replicas"),
+        **JUDGED,
+        "simulated_time": ("s", "instant at which the run ended, mean over the runs"),
+        "gpu_hours_per_million_tokens": ("h", "devices times duration, per million tokens"),
+        "kwh_per_million_tokens": ("kWh", "all the energy, per million tokens of both kinds"),
+        "mean_in_system": ("", "requests in the system while requests arrive, mean over time"),
+        "arrival_share": ("", "share of the run until the last arrival, 0 to 1"),
+        "cost_per_hour": ("money", "price of an hour of all devices, in its currency"),
+        "cost_per_million_tokens": ("money", "the whole cost, per million tokens of both kinds"),
+        "error": ("", "why it cannot run; empty if it can"),
+    },
+    "compare": {
+        "metric": ("", "column of requests that is compared; part of the index, as the next two"),
+        "statistic": ("", "mean or a quantile such as p99"),
+        "result": ("", "name of the run that is compared with the baseline"),
+        "baseline": ("", "statistic of the baseline, in the unit of the metric"),
+        "value": ("", "statistic of the run, in the unit of the metric"),
+        "difference": ("", "value - baseline, in the unit of the metric"),
+        "low": ("", "lower end of its confidence interval, in the unit of the metric"),
+        "high": ("", "upper end of its confidence interval, in the unit of the metric"),
+        "relative": ("", "difference / baseline"),
+        "count": ("", "requests behind it"),
+        "is_real": ("", "whether the interval leaves out 0"),
+        "verdict": ("", "lower, higher, not distinguishable, equal, or too few requests"),
+    },
 }
 
 
 def metrics_dictionary(table: str | None = None) -> pd.DataFrame:
-    """Return the meaning and the unit of every column and figure of a `Result`.
+    """Return the meaning and the unit of every column and figure of a run, and of several.
 
     Parameters
     ----------
     table : str, optional
-        Only the columns of this table, or what this method gives: ``summary``, ``figures``,
-        ``slo``, ``energy``, ``cost``, and ``sweep`` for the columns of `Sweep.table` that are
-        not among the figures.
+        Only the columns of this table of a `Result`, or what this method gives: ``summary``,
+        ``figures``, ``slo``, ``energy``, ``cost``. Of several runs ``sweep``, ``capacity`` and
+        ``recommend``, for the columns of `Sweep.table`, `Capacity.curve` and
+        `Recommendation.table` that are no settings and not among the figures, and ``compare`` for
+        `Comparison.table`.
 
     Returns
     -------

@@ -36,6 +36,7 @@ from vidur_simpy.execution_time import Calibrated
 from vidur_simpy.execution_time.calibrated import PARAMETERS
 from vidur_simpy.hardware import Model
 from vidur_simpy.measurements import MeasuredIterations, MeasuredRequests, read_measurement
+from vidur_simpy.plots.drawing import COLOURS, legend_above, make_axes, make_axis_logarithmic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "calibrate"]
 
 UNITS = ("s", "s", "", "")
+# Of the quantities in a figure.
+MARKS = ("o", "x", "^")
 
 FEWEST_ROWS = 20
 
@@ -99,18 +102,27 @@ class Calibration:
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw predicted over measured times on `ax`, each a point, on the line of agreement."""
-        if ax is None:
-            from matplotlib import pyplot
+        """Draw predicted over measured times on `ax`, each a point, on the line of agreement.
 
-            _, ax = pyplot.subplots()
-        for quantity, rows in self.rows.groupby("quantity", sort=False):
-            ax.plot(rows["measured"], rows["predicted"], ".", ms=3, alpha=0.5, label=str(quantity))
+        Quantities differ in colour and in mark.
+        """
+        ax = make_axes(ax, height=4.5)
+        # Each iteration is drawn once, as one of decodes only or one with a prefill.
+        shown = self.rows[self.rows["quantity"] != "iteration"]
+        for index, (quantity, rows) in enumerate(shown.groupby("quantity", sort=False)):
+            look: Any = {"color": COLOURS[index], "markerfacecolor": "none", "alpha": 0.6}
+            measured, predicted = rows["measured"], rows["predicted"]
+            ax.plot(measured, predicted, MARKS[index], markersize=4, label=str(quantity), **look)
         times = self.rows[["measured", "predicted"]].to_numpy()
         ends = [times[times > 0].min(), np.nanmax(times)]
-        ax.plot(ends, ends, color="black", lw=1)
-        ax.set(xscale="log", yscale="log", xlabel="measured (s)", ylabel="predicted (s)")
-        ax.legend()
+        ax.plot(ends, ends, color="black", linewidth=1, label="agreement")
+        for axis in (ax.xaxis, ax.yaxis):
+            make_axis_logarithmic(axis, np.array(ends))
+        ax.set_xlabel("measured (s)")
+        ax.set_ylabel("predicted (s)")
+        ax.set_title("Calibrated times against measured ones")
+        legend_above(ax)
+        ax.grid(alpha=0.3)
         return ax
 
 
@@ -154,8 +166,8 @@ def calibrate(
     Raises
     ------
     ConfigError
-        Another model than the one measured, requests that the cluster refuses, or an unknown
-        parameter.
+        An argument of another kind, another model than the one measured, requests that the
+        cluster refuses, or an unknown parameter.
     TraceError
         A measurement that cannot be used.
     ProfileError
@@ -173,10 +185,17 @@ def calibrate(
     >>> calibrate(cluster, measured, parameters=["overhead"]).execution_time.overhead.__round__(6)
     0.002
     """
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(f"cluster = {cluster!r}: expected a Cluster.")
     base = cluster.execution_time
     base = base.base if isinstance(base, Calibrated) else base
     if isinstance(measurement, str | Path):
         measurement = read_measurement(measurement)
+    if not isinstance(measurement, MeasuredIterations | MeasuredRequests):
+        raise ConfigError(
+            f"measurement = {measurement!r}: expected a path, MeasuredIterations or "
+            "MeasuredRequests."
+        )
     if len(measurement) < FEWEST_ROWS:
         raise ProfileError(f"{measurement!r}: expected at least {FEWEST_ROWS} to fit to.")
     fitted = _checked_parameters(parameters)

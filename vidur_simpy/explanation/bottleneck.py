@@ -23,6 +23,8 @@ __all__ = ["Bottleneck", "bottleneck_of"]
 
 # Requests that lose less than this share of their time to all causes together are not held up.
 LEAST_LOSS = 0.1
+# If this share of the requests or more were refused, no wait of the others is what limits a run.
+MOST_REFUSED = 0.1
 
 # cause -> (what it is called, what may help).
 CAUSES = {
@@ -41,11 +43,12 @@ class Bottleneck:
     Attributes
     ----------
     verdict : str
-        ``"kv_memory"``, ``"batch_limit"``, ``"compute"``, ``"router"``, ``"pipeline_bubbles"``,
-        ``"none"`` if requests lose less than a tenth of their time, or ``"unknown"`` if they lose
-        more and the result does not say why, as one that was measured.
+        ``"refusals"`` if a tenth of the requests or more were refused; else what most of the lost
+        time is lost for: ``"kv_memory"``, ``"batch_limit"``, ``"compute"``, ``"router"`` or
+        ``"pipeline_bubbles"``; ``"none"`` if requests lose less than a tenth of their time, or
+        ``"unknown"`` if they lose more and the result does not say why, as one that was measured.
     text : str
-        One or two sentences.
+        A few sentences; the first says how many requests were refused and why, if any were.
     table : DataFrame
         A row per cause: its ``share`` of the time of all requests, and the ``evidence``.
     saturation : Saturation
@@ -102,7 +105,13 @@ def bottleneck_of(result: Result) -> Bottleneck:
     table = pd.DataFrame({"share": shares, "evidence": evidence}).rename_axis("cause")
     lost = waiting + stalled + preempted
     verdict = _verdict(lost, shares)
-    text = _text(verdict, lost, shares, result.figures["utilisation"])
+    figures = result.figures
+    num_refused = figures["refused"]
+    text = _text(verdict, lost, shares, figures["utilisation"], is_of_all=not num_refused)
+    if num_refused:
+        is_all = num_refused == figures["num_requests"]
+        text = _refusals(result) + ("" if is_all else f" {text}")
+        verdict = "refusals" if num_refused >= MOST_REFUSED * figures["num_requests"] else verdict
     return Bottleneck(verdict, text, table, saturation_of(result))
 
 
@@ -247,15 +256,36 @@ def _verdict(lost: float, shares: Mapping[str, float]) -> str:
     return max(shares, key=shares.__getitem__)
 
 
-def _text(verdict: str, lost: float, shares: Mapping[str, float], utilisation: float) -> str:
+def _text(
+    verdict: str, lost: float, shares: Mapping[str, float], utilisation: float, *, is_of_all: bool
+) -> str:
+    run, this_run_is = (
+        ("this run", "This run is") if is_of_all else ("the others", "The others are")
+    )
     held_up = f"requests lose {_percent(lost)} of their time waiting"
     if verdict == "none":
-        return f"Nothing limits this run: {held_up}; the stages are busy {_percent(utilisation)}."
+        return f"Nothing limits {run}: {held_up}; the stages are busy {_percent(utilisation)}."
     if verdict == "unknown":
-        return f"What limits this run is not known, because there is no timeline: {held_up}."
+        return f"What limits {run} is not known, because there is no timeline: {held_up}."
     name, remedy = CAUSES[verdict]
     share = _percent(shares[verdict] / lost)
-    return f"This run is limited by {name}: {held_up}, {share} of it for this. May help: {remedy}."
+    return (
+        f"{this_run_is} limited by {name}: {held_up}, {share} of it for this. May help: {remedy}."
+    )
+
+
+def _refusals(result: Result) -> str:
+    """Return how many requests were refused, with an example of the most common reason."""
+    refusal = result.requests["refusal"]
+    refusal = refusal[refusal != ""]
+    kind = refusal.str.replace(r"\d+", "#", regex=True)  # numbers do not tell reasons apart
+    example = str(refusal[kind == kind.mode()[0]].iloc[0]).rstrip(".")
+    were = "was" if len(refusal) == 1 else "were"
+    most_often = "most often " if kind.nunique() > 1 else ""
+    return (
+        f"{len(refusal):,} of {len(result.requests):,} requests {were} refused, {most_often}for "
+        f"this: {example}."
+    )
 
 
 def _percent(share: float) -> str:

@@ -76,8 +76,9 @@ def timeline(result: Result, ax: Axes | None = None) -> Axes:
         right.set_yticks(range(0, 101, 20))
         right.set_ylabel("KV cache in use (%)")
     if not len(load):
-        say_empty(ax, "no request arrived")
-    ax.set_ylim(0, room * max(1.0, load["running"].max(), load["waiting"].max()))
+        say_empty(ax, "every request was refused" if len(result.requests) else "no request arrived")
+    # `dataLim` holds what an earlier call drew on the same axes, too.
+    ax.set_ylim(0, room * max(1.0, ax.dataLim.y1))
     ax.set_xlabel("time (s)")
     ax.set_ylabel("requests")
     ax.set_title(_title_of_load(result, time), pad=26)

@@ -61,7 +61,9 @@ def cdf(
         A numeric column of ``result.requests``, or ``"itl"`` (needs recorded tokens), whose
         distribution is over output tokens.
     ax : Axes, optional
-        Where to draw; curves of several results fit on one.
+        Where to draw; curves of several results fit on one. The title leaves room for the legend
+        below it: whoever puts the legend elsewhere brings the title down with
+        ``ax.set_title(ax.get_title())``.
     complementary : bool
         Draw the share that is at least x, on a logarithmic axis: it shows the tail.
     log : bool
@@ -100,10 +102,7 @@ def cdf(
     else:
         ax.set_ylim(0, 1.03)
         ax.set_ylabel(f"share of {what} at or below")
-    if log and len(values) and values[-1] > 0:
-        make_logarithmic(ax)
-    elif len(values) and values[0] >= 0:
-        ax.set_xlim(left=0)
+    _fit_x(ax, log)
     ax.set_xlabel(label_of(metric))
     ax.set_title(f"Distribution of the {name_of(metric)}")
     curves = [line for line in ax.lines if line.get_gid() == "cdf"]
@@ -111,6 +110,15 @@ def cdf(
         legend_above(ax, curves, columns=1)
     ax.grid(alpha=0.3)
     return ax
+
+
+def _fit_x(ax: Axes, log: bool) -> None:
+    """Let the x axis hold every curve, from 0 on where it is linear and no value is negative."""
+    drawn = np.concatenate([[], *(np.asarray(line.get_xdata(), float) for line in ax.lines)])
+    if (log or ax.get_xscale() == "log") and (drawn > 0).any():
+        make_logarithmic(ax)
+    elif len(drawn) and drawn.min() >= 0:
+        ax.set_xlim(left=0, auto=None)  # a curve that is drawn later still finds room on the right
 
 
 def _make_shares_logarithmic(ax: Axes) -> None:
@@ -162,8 +170,10 @@ def quantiles(
         looks = (("p50", BLUE, "o-"), ("p90", ORANGE, "s--"), ("p99", VERMILLION, "^:"))
         for (name, colour, look), row in zip(looks, rows, strict=True):
             ax.plot(middles, row, look, color=colour, markersize=3.5, label=name)
-        ax.set_xlim(middles[0] - window / 2, middles[-1] + window / 2)
-        ax.set_ylim(bottom=min(0.0, float(values.min())))
+        # Beside what an earlier call drew on the same axes.
+        first, last = ax.dataLim.intervalx
+        ax.set_xlim(min(middles[0], first) - window / 2, max(middles[-1], last) + window / 2)
+        ax.set_ylim(bottom=min(0.0, ax.dataLim.y0), auto=None)
         ax.set_title(f"{name_of(metric).capitalize()}, by windows of {window:g} s")
         legend_above(ax)
     else:

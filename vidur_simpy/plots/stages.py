@@ -91,12 +91,19 @@ def gantt(
     _draw_bars(ax, shown, rows)
     _draw_bubbles(ax, gaps)
     is_deep = bool((stages["stage_id"] > 0).any())
-    _name_rows(ax, rows, gaps, is_deep)
+    _name_rows(ax, rows, is_deep)
     ax.ticklabel_format(axis="x", useOffset=False)
     ax.set_xlabel("time (s)")
-    said = [f"{gaps.bubble_share.mean():.1%} bubbles"] if is_deep else []
-    said += [f"{gaps.idle_share.mean():.1%} idle"] if rows else []
-    ax.set_title("Batches on their stages" + ": " * bool(said) + ", ".join(said) + which)
+    title = "Batches on their stages"
+    has_ended = first >= end_of_run
+    if shown.empty:
+        ended = f": the run ended at {digits(end_of_run)} s" if has_ended else ""
+        say_empty(ax, f"no batch in this window{ended}")
+    if rows and not has_ended:
+        _tell_shares(ax, gaps, is_deep)
+        said = [f"{gaps.bubble_share.mean():.1%} bubbles"] if is_deep else []
+        title += ": " + ", ".join([*said, f"{gaps.idle_share.mean():.1%} idle"])
+    ax.set_title(title + which)
     legend_above(ax)
     return ax
 
@@ -149,8 +156,6 @@ def _draw_bars(ax: Axes, stages: pd.DataFrame, rows: list[tuple[int, int]]) -> N
     for (kind, (colour, hatch)), mask in zip(BATCH_KINDS.items(), chosen, strict=True):
         look = {"facecolor": colour, "hatch": hatch, "edgecolor": "0.2", "linewidth": 0.4}
         _add_boxes(ax, left[mask], right[mask], middle[mask], 0.35, label=kind, **look)
-    if not len(stages):
-        say_empty(ax, "no batch in this window")
     if len(rows) <= MAX_NUMBERED_ROWS:
         _number_bars(ax, left, right, middle, stages["batch_index"].to_numpy())
 
@@ -179,19 +184,26 @@ def _add_boxes(
         ax.add_patch(PathPatch(boxes, rasterized=len(left) > MAX_VECTOR_BARS, **look))
 
 
-def _name_rows(ax: Axes, rows: list[tuple[int, int]], gaps: _Gaps, is_deep: bool) -> None:
-    """Name replicas and stages on the left, and tell on the right how long they had no batch."""
+def _name_rows(ax: Axes, rows: list[tuple[int, int]], is_deep: bool) -> None:
     names = [f"replica {r}, stage {s}" if is_deep else f"replica {r}" for r, s in rows]
-    every = math.ceil(len(rows) / MAX_ROW_LABELS) or 1
-    ticks = range(0, len(rows), every)
-    ax.set_yticks(ticks, names[::every])
+    every = _every(len(rows))
+    ax.set_yticks(range(0, len(rows), every), names[::every])
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    if rows:
-        right = ax.secondary_yaxis("right")
-        shares = np.column_stack([gaps.bubble_share, gaps.idle_share][not is_deep :])
-        texts = [" + ".join(f"{share:.0%}" for share in row) for row in shares[::every]]
-        right.set_yticks(ticks, texts, fontsize="small")
-        right.set_ylabel("bubbles + idle" if is_deep else "idle")
+
+
+def _tell_shares(ax: Axes, gaps: _Gaps, is_deep: bool) -> None:
+    """Tell on the right how long each row had no batch."""
+    shares = np.column_stack([gaps.bubble_share, gaps.idle_share][not is_deep :])
+    every = _every(len(shares))
+    texts = [" + ".join(f"{share:.0%}" for share in row) for row in shares[::every]]
+    right = ax.secondary_yaxis("right")
+    right.set_yticks(range(0, len(shares), every), texts, fontsize="small")
+    right.set_ylabel("bubbles + idle" if is_deep else "idle")
+
+
+def _every(num_rows: int) -> int:
+    """Return how many rows share a label, so that labels have room."""
+    return math.ceil(num_rows / MAX_ROW_LABELS) or 1
 
 
 class _Gaps(NamedTuple):

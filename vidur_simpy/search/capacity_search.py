@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vidur_simpy.errors import ConfigError
 from vidur_simpy.search import search_plots
-from vidur_simpy.search.grid import Point
+from vidur_simpy.search.grid import Point, check_inputs
 from vidur_simpy.search.runs import Run, replication_seeds, warn_of_nameless
 from vidur_simpy.search.scaling import is_random, mean_rate, with_rate
 from vidur_simpy.search.slo import Slo, read_slo
@@ -170,7 +170,7 @@ def capacity(
     Raises
     ------
     ConfigError
-        If the SLO or a setting is unusable, or the workload has no rate.
+        If an argument is unusable, or the workload has no rate.
     VidurError
         If the store cannot be used, a run fails or a worker process died.
 
@@ -188,12 +188,15 @@ def capacity(
     >>> found.answer, 40 < found.low < found.rate < found.high < 70
     ('found', True)
     """
+    check_inputs(cluster, workload)
     limits = read_slo(slo)
     check_effort("capacity", confidence, max_replications)
     if isinstance(tolerance, bool) or not (
         isinstance(tolerance, int | float) and 0 < tolerance < 1
     ):
-        raise ConfigError(f"capacity(): tolerance = {tolerance!r}: expected a number from 0 to 1.")
+        raise ConfigError(
+            f"capacity(): tolerance = {tolerance!r}: expected a number above 0 and below 1."
+        )
     if not is_random(workload):
         max_replications = 1
     seeds = replication_seeds(seed, max_replications)

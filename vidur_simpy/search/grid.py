@@ -16,7 +16,7 @@ from vidur_simpy.errors import ConfigError, VidurError, unknown_name
 from vidur_simpy.validation import field_names
 from vidur_simpy.workload import Trace, Workload
 
-__all__ = ["Grid", "Point", "points_of"]
+__all__ = ["Grid", "Point", "check_inputs", "points_of"]
 
 Grid: TypeAlias = Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]]
 
@@ -62,15 +62,30 @@ class Point:
         return value
 
 
+def check_inputs(cluster: Any, workload: Any) -> None:
+    """Refuse what is no cluster or no workload, such as the two in the wrong order.
+
+    Raises
+    ------
+    ConfigError
+        What was given, and what was expected.
+    """
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(f"cluster = {cluster!r}: expected a Cluster.")
+    if not callable(getattr(workload, "requests", None)):
+        raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
+
+
 def points_of(cluster: Cluster, workload: Workload | Trace, grid: Grid) -> list[Point]:
     """Return the points of a grid (the last name varies fastest), or of a list of settings.
 
     Raises
     ------
     ConfigError
-        If the grid is empty, a name leads nowhere, a value stands for nothing, or no point has
-        settings that are possible together.
+        If the cluster or the workload is something else, the grid is empty, a name leads nowhere,
+        a value stands for nothing, or no point has settings that are possible together.
     """
+    check_inputs(cluster, workload)
     points = [_point(cluster, workload, settings) for settings in _all_settings(grid)]
     errors = [str(point.error) for point in points if isinstance(point.error, ConfigError)]
     if len(errors) == len(points):

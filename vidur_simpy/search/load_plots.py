@@ -15,7 +15,7 @@ from vidur_simpy.plots.drawing import (
     make_axis_logarithmic,
     say_empty,
 )
-from vidur_simpy.search.run_tables import run_table
+from vidur_simpy.search.run_tables import run_table, settings_of
 from vidur_simpy.search.search_plots import (
     MARKERS,
     REACH,
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from vidur_simpy.search.sweeps import Sweep
 
 __all__ = ["plot_attainment", "plot_throughput_latency"]
+
+# More curves than this cannot be told apart.
+MAX_CURVES = 24
 
 
 def plot_throughput_latency(
@@ -55,24 +58,28 @@ def plot_throughput_latency(
         Columns with numbers, such as those of :func:`vidur_simpy.search.figures_of`.
     ax : Axes, optional
     by : str or sequence of str, optional
-        Columns whose values make a curve each.
+        Columns whose values make a curve each; by default the settings that differ, but for the
+        rate. An empty list makes one curve of all.
     limit : float, optional
         Draw a limit on the latency, in seconds.
 
     Raises
     ------
     ConfigError
-        If there is no such column, or `runs` is something else.
+        If there is no such column, there are too many curves, or `runs` is something else.
     """
     table = run_table("plot_throughput_latency", runs)
-    columns = [by] if isinstance(by, str) else list(by or _named_runs(runs))
+    rates = _rates(table)
+    columns = _told_apart_by(runs, table, by, rates)
     for column in (latency, throughput, *columns):
         if column not in table:
             raise unknown_name("column", column, map(str, table.columns))
+    means = _means(table, [*columns, *rates], latency, throughput)
+    shown = with_numbers(means, latency, throughput)
+    curves = _curves("plot_throughput_latency", shown, columns)
     ax = make_axes(ax, height=4.5)
-    shown = with_numbers(_means(table, columns, latency, throughput), latency, throughput)
-    for index, (name, rows) in enumerate(groups_of(shown, columns)):
-        rows = rows.sort_values(throughput)
+    for index, (name, rows) in enumerate(curves):
+        rows = rows.sort_values([*rates, throughput])  # in overload more arrives, but no more ends
         ax.plot(rows[throughput], rows[latency], **_curve_look(index), label=as_label(name))
     if shown.empty:
         say_empty(ax, f"no row has a number in {latency} and {throughput}")
@@ -100,9 +107,9 @@ def plot_attainment(
 ) -> Axes:
     """Draw the share of requests that keep to all limits against the arrival rate.
 
-    Without `by` the shares that keep to each limit are drawn, too, so that one sees which limit
-    gives way first. Of several runs at one rate it is the mean, in a band from the least to the
-    greatest.
+    Of one configuration the shares that keep to each limit are drawn, too, so that one sees which
+    limit gives way first; several have a curve each. Of several runs at one rate it is the mean,
+    in a band from the least to the greatest.
 
     Parameters
     ----------
@@ -117,24 +124,28 @@ def plot_attainment(
     load : str, optional
         Column of the x axis; by default the arrival rate.
     by : str or sequence of str, optional
-        Columns whose values make a curve each.
+        Columns whose values make a curve each; by default the settings that differ, but for
+        `load`. An empty list makes one curve of all.
     goal : float, optional
         Share to draw a line at, 0 to 1; by default what a capacity search was asked for.
 
     Raises
     ------
     ConfigError
-        If there is no such column, or nothing says which share of requests kept to limits.
+        If there is no such column, there are too many curves, or nothing says which share of
+        requests kept to limits.
     """
     table, goal = _attainments(runs, slo, goal)
     load = load or _load_column(table)
-    columns = [by] if isinstance(by, str) else list(by or _named_runs(runs))
+    columns = _told_apart_by(runs, table, by, [load])
     for column in (load, *columns):
         if column not in table:
             raise unknown_name("column", column, map(str, table.columns))
-    ax = make_axes(ax, height=4.5)
     shown = with_numbers(table, "slo_attainment", load)
-    curves = [("slo_attainment", name, rows) for name, rows in groups_of(shown, columns)]
+    curves = [
+        ("slo_attainment", name, rows) for name, rows in _curves("plot_attainment", shown, columns)
+    ]
+    ax = make_axes(ax, height=4.5)
     if not columns:
         curves[0] = ("slo_attainment", "all limits", shown)
         limits = [name for name in ("ttft", "tpot", "e2e", "itl") if f"slo_{name}" in table]
@@ -187,18 +198,45 @@ def _attainments(
     return table, goal
 
 
+def _rates(table: pd.DataFrame) -> list[str]:
+    return [str(name) for name in table if str(name).rpartition(".")[2] == "rate"]
+
+
 def _load_column(table: pd.DataFrame) -> str:
-    rates = [str(name) for name in table if str(name).rpartition(".")[2] == "rate"]
+    rates = _rates(table)
     if len(rates) != 1:
         found = f"has {', '.join(rates)}" if rates else "has no column 'rate'"
         raise ConfigError(f"plot_attainment(): the table {found}: say load=, a column with loads.")
     return rates[0]
 
 
-def _named_runs(runs: Any) -> list[str]:
-    """Return what tells results by name apart; those by rate are one curve."""
-    is_named = isinstance(runs, Mapping) and any(isinstance(name, str) for name in runs)
-    return ["run"] if is_named else []
+def _told_apart_by(
+    runs: Any, table: pd.DataFrame, by: str | Sequence[str] | None, loads: Sequence[str]
+) -> list[str]:
+    """Return the columns whose values make a curve each: those given, or settings that differ.
+
+    Results by name are told apart by it; those by rate are one curve.
+    """
+    if by is not None:
+        return [by] if isinstance(by, str) else list(by)
+    if isinstance(runs, Mapping):
+        return ["run"] if any(isinstance(name, str) for name in runs) else []
+    return [
+        name
+        for name in settings_of(table)
+        if name not in loads and table[name].nunique(dropna=False) > 1
+    ]
+
+
+def _curves(where: str, table: pd.DataFrame, columns: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Return the rows of each curve with its name."""
+    curves = groups_of(table, columns)
+    if len(curves) > MAX_CURVES:
+        raise ConfigError(
+            f"{where}(): {', '.join(columns)} make {len(curves)} curves: expected at most "
+            f"{MAX_CURVES}, so say by=, one or some of these columns, or by=[] for one curve."
+        )
+    return curves
 
 
 def _means(table: pd.DataFrame, columns: list[str], *numbers: str) -> pd.DataFrame:

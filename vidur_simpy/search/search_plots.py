@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,17 +15,19 @@ from vidur_simpy.plots.drawing import (
     COLOURS,
     GREEN,
     VERMILLION,
+    legend_above,
     make_axes,
     make_axis_logarithmic,
     say_empty,
 )
-from vidur_simpy.search.fronts import pareto
+from vidur_simpy.search.fronts import as_table, pareto
 from vidur_simpy.summary import digits
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from vidur_simpy.result import Result
     from vidur_simpy.search.capacity_search import Capacity
     from vidur_simpy.search.slo import Requirement
 
@@ -102,7 +104,7 @@ def capacity_curve(
 
 
 def plot_front(
-    table: pd.DataFrame,
+    table: pd.DataFrame | Mapping[str, Result] | Sequence[Result] | Any,
     x: str,
     y: str,
     ax: Axes | None = None,
@@ -116,8 +118,9 @@ def plot_front(
 
     Parameters
     ----------
-    table : DataFrame
-        A row per configuration, such as `Recommendation.table` or `Sweep.table`.
+    table : DataFrame, object with a `table`, or several Result
+        A row per configuration, as :func:`vidur_simpy.pareto` takes them: a `Sweep`, a
+        `Recommendation`, or results.
     x, y : str
         Columns with numbers. Less is better, except as `maximise` says.
     ax : Axes, optional
@@ -133,8 +136,9 @@ def plot_front(
     Raises
     ------
     ConfigError
-        If there is no such column.
+        If there is no such column, or `table` is something else.
     """
+    table = as_table(table)
     among = table if eligible is None else table.loc[np.asarray(eligible, dtype=bool)]
     front = pareto(among, x, y, maximise=maximise)
     ax = make_axes(ax, height=4.5)
@@ -166,9 +170,9 @@ def plot_front(
             make_axis_logarithmic(axis, values)
     ax.set_xlabel(named(x))
     ax.set_ylabel(named(y))
-    ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten", pad=26)
+    ax.set_title(f"{len(front)} of {len(shown)} configurations are not beaten")
     ax.margins(x=0.08)
-    ax.legend(**ABOVE, ncols=5)
+    legend_above(ax)
     ax.grid(alpha=0.3)
     return ax
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vidur_simpy.cluster import Cluster
 from vidur_simpy.errors import ConfigError, unknown_name
 from vidur_simpy.kernel import EventOrder
-from vidur_simpy.search.grid import Grid, Point, points_of
-from vidur_simpy.search.run_tables import cell
+from vidur_simpy.search.grid import Grid, Point, check_inputs, points_of
+from vidur_simpy.search.run_tables import cell, settings_of
 from vidur_simpy.search.runs import (
     Outcome,
     Run,
@@ -84,9 +84,7 @@ class Sweep:
 
     def __str__(self) -> str:
         """Return settings and the usual figures as plain text, as the command line prints them."""
-        settings = [
-            name for name in self.table if "." in str(name) or name in ("cluster", "workload")
-        ]
+        settings = settings_of(self.table)
         several = ["replication"] if self.table["replication"].any() else []
         usual = [name for name in USUAL if name in self.table]
         usual += [name for name in UNUSUAL if name in self.table and self.table[name].any()]
@@ -200,7 +198,8 @@ def sweep(
     >>> runs.table["cluster.num_replicas"].to_list()
     [1, 1, 2, 2]
     """
-    _check(cluster, workload, seed, event_order, until, record, slo)
+    check_inputs(cluster, workload)
+    _check(cluster, seed, event_order, until, record, slo)
     points = points_of(cluster, workload, grid)
     seeds = replication_seeds(seed, replications)
     run = Run(
@@ -230,7 +229,6 @@ def sweep(
 
 def _check(
     cluster: Cluster,
-    workload: Workload | Trace,
     seed: int,
     event_order: EventOrder,
     until: float | None,
@@ -238,8 +236,6 @@ def _check(
     slo: Mapping[str, float] | None,
 ) -> None:
     """Refuse what would make every run fail."""
-    if not hasattr(workload, "requests"):
-        raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
     Simulation(cluster, None, seed=seed, event_order=event_order, record=record)
     if until is not None and not (isinstance(until, Real) and 0 < until < inf):
         raise ConfigError(f"until = {until!r}: expected an instant in seconds, after 0.")

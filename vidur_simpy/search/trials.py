@@ -293,7 +293,7 @@ def check_effort(function: str, confidence: float, max_replications: int) -> Non
         isinstance(confidence, int | float) and 0 < confidence < 1
     ):
         raise ConfigError(
-            f"{function}(): confidence = {confidence!r}: expected a number from 0 to 1."
+            f"{function}(): confidence = {confidence!r}: expected a number above 0 and below 1."
         )
     is_whole = isinstance(max_replications, int) and not isinstance(max_replications, bool)
     if not (is_whole and max_replications >= 1):
