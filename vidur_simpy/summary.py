@@ -31,6 +31,7 @@ __all__ = [
     "latencies",
     "num_output_tokens",
     "ratio",
+    "usual_refusal",
     "weighted_quantiles",
     "with_latencies",
 ]
@@ -205,7 +206,7 @@ def _scalars(result: Result) -> list[tuple[str, str]]:
     figures = result.figures
     rows = [("requests", counts_text(figures).replace(" requests,", ":"))]
     if figures["refused"]:
-        rows.append(("most often refused for", _usual_refusal(result)))
+        rows.append(("most often refused for", usual_refusal(result)))
     if "measured_from" in result.info:
         rows.append(("arrived from", f"{digits(result.info['measured_from'])} s on"))
     peak = f"{_percent(figures['kv_cache_usage_peak'])} peak"
@@ -234,7 +235,7 @@ def _growing_queue(result: Result) -> list[tuple[str, str]]:
     return [("queue grows without bound", rates)]
 
 
-def _usual_refusal(result: Result) -> str:
+def usual_refusal(result: Result) -> str:
     """Return an example of the most common reason; the numbers in it do not tell reasons apart."""
     refusal = result.requests["refusal"]
     refusal = refusal[refusal != ""]

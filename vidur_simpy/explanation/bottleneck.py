@@ -12,7 +12,7 @@ import numpy as np
 
 from vidur_simpy.explanation.saturation import Saturation, saturation_of
 from vidur_simpy.series import load_samples
-from vidur_simpy.summary import aligned, digits, html_table
+from vidur_simpy.summary import aligned, digits, html_table, usual_refusal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,15 +276,11 @@ def _text(
 
 def _refusals(result: Result) -> str:
     """Return how many requests were refused, with an example of the most common reason."""
-    refusal = result.requests["refusal"]
-    refusal = refusal[refusal != ""]
-    kind = refusal.str.replace(r"\d+", "#", regex=True)  # numbers do not tell reasons apart
-    example = str(refusal[kind == kind.mode()[0]].iloc[0]).rstrip(".")
-    were = "was" if len(refusal) == 1 else "were"
-    most_often = "most often " if kind.nunique() > 1 else ""
+    num_refused, num_requests = result.figures["refused"], result.figures["num_requests"]
+    were = "was" if num_refused == 1 else "were"
     return (
-        f"{len(refusal):,} of {len(result.requests):,} requests {were} refused, {most_often}for "
-        f"this: {example}."
+        f"{num_refused:,} of {num_requests:,} requests {were} refused, most often for this: "
+        f"{usual_refusal(result).rstrip('.')}."
     )
 
 

@@ -80,7 +80,8 @@ class Explanations:
 
         The time of all requests is divided into execution and what is lost: waits in the queue and
         waits between steps. Each loss has one cause, and the cause of most of it is the verdict,
-        if a tenth of the time or more is lost at all.
+        if a tenth of the time or more is lost at all. Of refused requests, who have no time, the
+        text tells first; they are the verdict if they are a tenth or more.
 
         A wait in the queue is blamed on what stands in the way when a batch has been formed: on
         the router, if another replica has room meanwhile; else on the batch limit, if it is

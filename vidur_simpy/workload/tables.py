@@ -69,8 +69,8 @@ def read_table(path: str | Path) -> Table:
         raise TraceError(f"{path} is empty, expected a header and rows, or lines of JSON.")
     if text.lstrip().startswith(("[", "PAR1")):
         raise TraceError(
-            f"{path} starts with {text.lstrip()[:4]!r}, expected a header and rows, or a JSON object "
-            "on each line."
+            f"{path} starts with {text.lstrip()[:4]!r}, expected a header and rows, or a JSON "
+            "object on each line."
         )
     is_json = text.lstrip().startswith("{")
     table = _json_table(path, text) if is_json else _csv_table(path, text)
