@@ -115,3 +115,26 @@ def test_a_run_is_one_event() -> None:
     stepped = vs.simulate(cluster, Given([(0.0, 100, 5_000)]), record=("batches",))
     assert int(fast.replicas.num_batches[0]) == len(stepped.batches) == 5_000
     assert fast.info["num_events"] < 50 < 5_000 < stepped.info["num_events"]
+
+
+def test_pieces_of_a_prompt_that_end_together_wait_as_in_the_processes() -> None:
+    """Stage after stage ends at one instant; the last piece waits since the one before it."""
+    waits = []
+    for is_watched in (False, True):
+        cluster = vs.Cluster(
+            replica_scheduler=vs.Sarathi(chunk_size=4, max_num_seqs=64),
+            pipeline_parallel_size=4,
+            sequence_pipeline_parallel=True,
+            execution_time=vs.Linear(base=0.0, per_token=0.0, per_context_token=1e-4),
+            kv_cache=vs.KVCache(num_blocks=1000, watermark=0.0),
+            max_model_len=512,
+        )
+        sim = vs.Simulation(cluster)
+        sim.submit(vs.Request(20, 1))
+        sim.submit(vs.Request(11, 1))
+        if is_watched:
+            sim.on(vs.EventType.BATCH_END, lambda event: None)
+        sim.run()
+        waits.append(sim.result().requests.preempted_time.to_list())
+    assert waits[0] == waits[1]
+    assert waits[0] == pytest.approx([0.0, 1e-4])

@@ -195,7 +195,7 @@ class FastStage:
         else:
             replica.batch_end.raise_now(batch)
         if stage.queue:
-            self.start(now)
+            stage.start_next(now)
         if num_wakes:
             replica.wake(num_wakes)
         if self._decode_times is not None:

@@ -62,6 +62,8 @@ class Stage(simpy.Resource):
         self._is_last = stage_id == replica.num_stages - 1
         self._is_alone = replica.num_stages == 1
         self._is_paused = False
+        resources = getattr(replica.scheduler, "resources", None)
+        self._has_pieces_elsewhere = getattr(resources, "sequence_pipeline_parallel", False)
         where = (replica.replica_id, stage_id)
         self.arrival = Signal(env, EventType.BATCH_STAGE_ARRIVAL, where, self._arrive)
         self.schedule = Signal(env, EventType.REPLICA_STAGE_SCHEDULE, where)
@@ -91,6 +93,17 @@ class Stage(simpy.Resource):
         self.replica.pool.validate()
         self.queue.append(batch)
         if not (self.users or self._is_paused):
+            self.start_next(now)
+
+    def start_next(self, now: float) -> None:
+        """Execute the first batch queued, if a prompt cannot end elsewhere at this instant.
+
+        With sequence-pipeline parallelism pieces of one prompt are on several stages, and the time
+        that it waited depends on which of them has ended.
+        """
+        if self._has_pieces_elsewhere and not self.env.is_alone_at(now):
+            self.schedule.raise_now()
+        else:
             self.fast.start(now)
 
     def _do_put(self, event: Any) -> None:
