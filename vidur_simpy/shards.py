@@ -30,7 +30,7 @@ from vidur_simpy.progress import progress_bar
 from vidur_simpy.request_log import RequestLog
 from vidur_simpy.result import Result
 from vidur_simpy.streams import streams_of
-from vidur_simpy.workload import RequestArrays, RequestSource
+from vidur_simpy.workload import RequestArrays, RequestSource, requests_of
 
 if TYPE_CHECKING:
     from vidur_simpy.simulation import Simulation
@@ -121,8 +121,7 @@ def _requests(whole: Simulation, workload: RequestSource) -> RequestArrays:
     """Return the requests that the single run would get, numbered."""
     if not hasattr(workload, "requests"):
         raise ConfigError(f"workload = {workload!r}: expected a Workload or a Trace.")
-    streams = streams_of(whole.seed)
-    table = workload.requests(streams["arrivals"], streams["lengths"], whole.cluster.max_tokens)
+    table = requests_of(workload, streams_of(whole.seed), whole.cluster.max_tokens)
     if table.request_id is not None:
         return table
     return dataclasses.replace(table, request_id=np.arange(len(table)))

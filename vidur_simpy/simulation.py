@@ -25,7 +25,7 @@ from vidur_simpy.shards import simulate_in_shards
 from vidur_simpy.state import as_html, as_line, as_text
 from vidur_simpy.streams import streams_of
 from vidur_simpy.wiring import checked_record, make_log, make_replicas, make_router
-from vidur_simpy.workload import RequestArrays, RequestSource
+from vidur_simpy.workload import RequestSource, requests_of
 
 __all__ = ["Simulation", "simulate"]
 
@@ -154,14 +154,7 @@ class Simulation:
         return self.replicas[replica_id].stages[stage_id].users
 
     def _start_workload(self, workload: RequestSource) -> None:
-        table = workload.requests(
-            self._streams["arrivals"], self._streams["lengths"], self.cluster.max_tokens
-        )
-        if not isinstance(table, RequestArrays):
-            raise ConfigError(
-                f"{type(workload).__name__}.requests() gave a {type(table).__name__}: expected "
-                "RequestArrays."
-            )
+        table = requests_of(workload, self._streams, self.cluster.max_tokens)
         expected = self._roster.expect(table, self._keep, self._is_watched)
         self.env.process(arrivals(self.env, expected, self.router))
 
@@ -258,13 +251,10 @@ class Simulation:
                 )
             if until is None and self._live:
                 raise SimulationError(self._stuck())
-        except SimulationError as error:
-            error.result = self.result()
-            raise
-        except VidurError:
-            raise
-        except Exception as error:  # of a policy, a listener or a process of the user's
-            error.add_note(f"At {self.env.now:.6g} s; `result` of this error has what is computed.")
+        except Exception as error:
+            if not isinstance(error, VidurError):  # of a function or a process of the user's
+                now = f"{self.env.now:.6g}"
+                error.add_note(f"At {now} s; `result` of this error has what is computed.")
             error.result = self.result()  # type: ignore[attr-defined]
             raise
         except KeyboardInterrupt:

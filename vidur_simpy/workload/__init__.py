@@ -26,7 +26,7 @@ from vidur_simpy.workload.lengths import (
 )
 from vidur_simpy.workload.requests import RequestArrays
 from vidur_simpy.workload.traces import read_arrivals, read_lengths, read_trace
-from vidur_simpy.workload.workload import RequestSource, Trace, Workload
+from vidur_simpy.workload.workload import RequestSource, Trace, Workload, requests_of
 
 __all__ = [
     "ARRIVALS",
@@ -53,6 +53,7 @@ __all__ = [
     "read_arrivals",
     "read_lengths",
     "read_trace",
+    "requests_of",
 ]
 
 ARRIVALS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -18,7 +18,7 @@ from vidur_simpy.workload.lengths import Clip, Lengths, LengthsPair, clip_length
 from vidur_simpy.workload.requests import RequestArrays
 from vidur_simpy.workload.traces import TraceFormat, read_trace
 
-__all__ = ["RequestSource", "Trace", "Workload"]
+__all__ = ["RequestSource", "Trace", "Workload", "requests_of"]
 
 
 class RequestSource(Protocol):
@@ -31,6 +31,25 @@ class RequestSource(Protocol):
         max_model_len: int | None = None,
     ) -> RequestArrays:
         """Return the requests, as `Workload.requests` draws them."""
+
+
+def requests_of(
+    source: RequestSource, streams: Mapping[str, np.random.Generator], max_model_len: int
+) -> RequestArrays:
+    """Return the requests of a run with these streams of random numbers.
+
+    Raises
+    ------
+    ConfigError
+        If the source gives something else.
+    """
+    table = source.requests(streams["arrivals"], streams["lengths"], max_model_len)
+    if not isinstance(table, RequestArrays):
+        raise ConfigError(
+            f"{type(source).__name__}.requests() gave a {type(table).__name__}: expected "
+            "RequestArrays."
+        )
+    return table
 
 
 @configuration
